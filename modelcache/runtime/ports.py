@@ -1,0 +1,97 @@
+"""What the driver asks of the world: time, threads, and a data plane that moves bytes.
+
+Each protocol is declared here, by the side that calls it. Nothing in `runtime` reaches the world another way, so one
+seed can replay one schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from modelcache.move import KeptWritten, LoadedFacts, Move, Moved
+from modelcache.spec import ModelSpec
+
+
+class Clock(Protocol):
+    """Monotonic time. Recency is never ordered by it."""
+
+    def now_s(self) -> float:
+        """Seconds since some fixed instant."""
+
+
+class Lock(Protocol):
+    """A mutual exclusion lock, not re-entrant."""
+
+    def __enter__(self) -> object: ...
+    def __exit__(self, *exc: object) -> object: ...
+
+
+class Event(Protocol):
+    """A flag that one thread sets and others wait for."""
+
+    def set(self) -> None: ...
+    def clear(self) -> None: ...
+    def is_set(self) -> bool: ...
+    def wait(self, timeout: float | None = None) -> bool: ...
+
+
+class Worker(Protocol):
+    """A thread that was started."""
+
+    def join(self, timeout: float | None = None) -> None: ...
+    def is_alive(self) -> bool: ...
+
+
+class Pool(Protocol):
+    """Where threads and their primitives come from."""
+
+    def lock(self) -> Lock: ...
+    def event(self) -> Event: ...
+    def spawn(self, name: str, run: Callable[[], None]) -> Worker: ...
+
+
+class Progress(Protocol):
+    """Told how far a load or a move is. Called from worker threads, without any lock held; must not block."""
+
+    def __call__(self, name: str, done_bytes: int, total_bytes: int) -> None: ...
+
+
+class Mover(Protocol):
+    """The data plane: carries out one load or one move, whole or not at all.
+
+    The driver never has two calls in flight for the same part, and never moves a part that is leased. Calls for
+    different parts come from several worker threads at once. A call that raises has changed nothing: the part is
+    whole where it was (`MoveError`, `LoaderError` or a subclass; anything else is wrapped by the driver).
+    """
+
+    def load(self, spec: ModelSpec, progress: Progress | None = None) -> LoadedFacts:
+        """Run the loader once and lay its bytes out in parts; the bytes stay the loader's until staged.
+
+        Raises:
+            LoaderError: The loader raised or returned something that cannot be cached.
+            MaterializeError: A dispatched model could not be made whole.
+            WeightsError: A file is missing, damaged or of an unsupported kind.
+        """
+
+    def move(self, move: Move, progress: Progress | None = None) -> Moved | KeptWritten:
+        """Carry out one move.
+
+        Raises:
+            MoveError: The move failed; the part is as `move.before` says.
+        """
+
+    def drop_image(self, part: str) -> None:
+        """Delete the image file of a part whose bytes are held elsewhere; nothing to delete is fine."""
+
+    def forget(self, name: str) -> None:
+        """Let go of everything known of a model, parts included unless another model holds them."""
+
+    def object_of(self, name: str) -> object:
+        """The object the loader built; the same one for the whole life of the registration."""
+
+    def release_cached(self) -> None:
+        """Give the allocators' cached memory back to the driver (one `empty_cache`)."""
+
+    def close(self) -> None:
+        """Give up everything: memory, files, threads, device state. Idempotent."""

@@ -1,0 +1,24 @@
+"""The tiers a copy can live on, fastest first."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Tier(Enum):
+    """Where bytes live. `VRAM` is the top tier, except on a host-only machine where `RAM` is."""
+
+    VRAM = "vram"
+    RAM = "ram"
+    DISK = "disk"
+
+    @property
+    def rank(self) -> int:
+        """0 for the fastest tier."""
+        return _RANKS[self]
+
+    def __str__(self) -> str:
+        return self.value
+
+
+_RANKS = {Tier.VRAM: 0, Tier.RAM: 1, Tier.DISK: 2}
