@@ -1,0 +1,1 @@
+"""Room 1: decide. Pure bookkeeping; no torch, threads, clock, files or logging."""

@@ -1,0 +1,571 @@
+"""The one mutator: `Machine.handle(event, now_s) -> instructions`.
+
+It is called under the driver's lock and never blocks. Decisions are made in one place, `_advance`, after every event:
+each ticket in order is taken one step further, as far as bytes, moves and leases allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+from modelcache.core.flights import Flights
+from modelcache.core.ledger import Account, Room
+from modelcache.core.messages import (
+    ArmTimer,
+    Asked,
+    CloseGate,
+    Closing,
+    Done,
+    Event,
+    Forget,
+    GateBusy,
+    GateClosed,
+    Grant,
+    Instruction,
+    LeaseReturned,
+    Left,
+    LoadDone,
+    LoadFailed,
+    MoveDone,
+    MoveFailed,
+    MoveKept,
+    OpenGate,
+    Pinned,
+    Refuse,
+    Registered,
+    RoomReturned,
+    StartLoad,
+    Tick,
+    UnwatchGate,
+    WantBudget,
+    WantCopy,
+    WantDown,
+    WantGone,
+    WantLease,
+    WantRoom,
+    WatchGate,
+)
+from modelcache.core.planner import Plan, Planner
+from modelcache.core.policy import LRU, EvictionPolicy
+from modelcache.core.records import Books, GateReading, Loading, Model, Part, Waiting
+from modelcache.core.wants import Wants
+from modelcache.errors import (
+    CacheClosedError,
+    DeviceMemoryError,
+    DevicePoisonedError,
+    InvalidTransitionError,
+    QueueFullError,
+    UnknownModelError,
+)
+from modelcache.move import Reason
+from modelcache.spec import ModelSpec
+from modelcache.tier import Tier
+
+#: A refused ticket is tried again at most this often against gates that turn out busy, before it waits for a lease.
+MAX_ATTEMPTS = 3
+#: From this many failed first loads in a row, a request within the back-off gets the last error at once.
+FAILURES_BEFORE_BACKOFF = 3
+MAX_BACKOFF_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """Bytes per tier, and how many callers may wait. On a host-only machine `vram` is 0 and `top` is RAM."""
+
+    ram: int
+    vram: int = 0
+    disk: int = 0
+    top: Tier = Tier.VRAM
+    max_waiters: int = 512
+    wait_when_full: bool = True
+
+
+@dataclass(slots=True)
+class _Closing:
+    """A plan whose gates are being closed; nothing else is decided until every one has answered."""
+
+    ticket: int
+    plan: Plan
+    reason: Reason
+    check: bool
+    pending: set[str]
+    is_busy: bool = False
+
+
+class Machine:
+    """Which model is where, who waits for what, and what must happen next.
+
+    Invariants, asserted by `validate`: the books of every tier balance; a part has at most one move in flight; a gate
+    is open only in front of a model that is whole on the top tier with its workspace charged.
+
+    Args:
+        budgets: Bytes per tier.
+        gates: By model name; kept by the caller, read here.
+        policy: Which copies go first.
+    """
+
+    def __init__(
+        self, budgets: Budgets, gates: Mapping[str, GateReading], policy: EvictionPolicy | None = None
+    ) -> None:
+        self.budgets = budgets
+        self.policy = policy or LRU()
+        self.gates = gates
+        self.books = Books(budgets.top, Account(budgets.vram), Account(budgets.ram), Account(budgets.disk))
+        self.planner = Planner(self.books, gates, self.policy)
+        self.flights = Flights(self.books, self._emit)
+        self.waiting: dict[int, Waiting] = {}
+        self.held: dict[int, WantRoom] = {}
+        self.bars: dict[str, int] = {}
+        self.touched: dict[str, None] = {}
+        self.closing: _Closing | None = None
+        self.poison: DevicePoisonedError | None = None
+        self.is_closed = False
+        self.loading_unsized: str | None = None
+        self.changed = False
+        self.now_s = 0.0
+        self._next_own_ticket = -1
+        self._out: list[Instruction] = []
+        self._idle_models: dict[str, None] = {}
+        self._wants = Wants(self)
+
+    # --- the one mutator ------------------------------------------------------------------------------------------
+
+    def handle(self, event: Event, now_s: float) -> list[Instruction]:
+        """Take one event and say what must be done.
+
+        After `CloseGate`, the answer for each such gate is the next event; nothing else may come in between.
+        """
+        self.now_s = now_s
+        self._take(event)
+        if self.closing is None:
+            self._advance()
+        out, self._out = self._out, []
+        return out
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case GateClosed(name):
+                self._gate_answered(name, is_busy=False)
+            case GateBusy(name):
+                self._gate_answered(name, is_busy=True)
+            case Registered(spec):
+                self._register(spec)
+            case Asked(ticket, want):
+                self._ask(Waiting(ticket, want))
+            case Left(ticket):
+                self._drop(ticket)
+            case LeaseReturned(name):
+                self._lease_returned(name)
+            case RoomReturned(ticket):
+                self._return_room(ticket)
+            case Pinned(name, tier):
+                self.model(name).spec = replace(self.model(name).spec, pin=tier)
+            case LoadDone(name, generation, facts):
+                if (model := self._loading(name, generation)) is not None:
+                    self._wants.loaded(model, facts)
+            case LoadFailed(name, generation, error):
+                if (model := self._loading(name, generation)) is not None:
+                    self._load_failed(model, error)
+            case MoveDone(name, generation, moved):
+                if (part := self._moving(name, generation)) is not None:
+                    self.flights.landed(part, moved)
+                    self._settle_part(part)
+            case MoveKept(name, generation):
+                if (part := self._moving(name, generation)) is not None:
+                    self._kept(part)
+            case MoveFailed(name, generation, error):
+                if (part := self._moving(name, generation)) is not None:
+                    self._failed(part, error)
+            case Tick():
+                self._look_for_idle()
+            case Closing():
+                self._close()
+            case _:
+                assert_never(event)
+
+    def _advance(self) -> None:
+        for waiting in self.waiting.values():
+            waiting.attempts = 0
+        self.changed = True
+        while self.changed and self.closing is None:
+            self.changed = False
+            self.flights.launch()
+            self._wants.step_all()
+        if self.closing is None:
+            self._settle_gates()
+
+    def _emit(self, instruction: Instruction) -> None:
+        self._out.append(instruction)
+
+    emit = _emit
+
+    # --- registration and tickets -----------------------------------------------------------------------------------
+
+    def model(self, name: str) -> Model:
+        """The record of a registered model.
+
+        Raises:
+            UnknownModelError: It is not registered, or leaving.
+        """
+        model = self.books.models.get(name)
+        if model is None or model.is_leaving:
+            raise UnknownModelError(name)
+        return model
+
+    def _register(self, spec: ModelSpec) -> None:
+        if spec.name in self.books.models:
+            raise InvalidTransitionError(spec.name, "registered", "Registered")
+        self.books.models[spec.name] = Model(spec)
+        if spec.idle_s is not None:
+            self._idle_models[spec.name] = None
+
+    def _ask(self, waiting: Waiting) -> None:
+        if self.is_closed:
+            self.emit(Refuse(waiting.ticket, CacheClosedError()))
+        elif len(self.waiting) >= self.budgets.max_waiters and isinstance(waiting.want, WantLease):
+            name, limit = waiting.want.names[0], self.budgets.max_waiters
+            self.emit(Refuse(waiting.ticket, QueueFullError(name, len(self.waiting), limit)))
+        else:
+            self.waiting[waiting.ticket] = waiting
+            if isinstance(waiting.want, WantBudget):
+                self.books.account(waiting.want.tier).retarget(waiting.want.budget_bytes)
+            elif isinstance(waiting.want, WantGone) and waiting.want.name in self.books.models:
+                self.books.models[waiting.want.name].is_leaving = True
+                self.touched[waiting.want.name] = None
+
+    def ask_ourselves(self, want: WantDown) -> None:
+        """Queue a want that nobody waits for; its ticket is below 0."""
+        self.waiting[self._next_own_ticket] = Waiting(self._next_own_ticket, want)
+        self._next_own_ticket -= 1
+
+    def finish(self, waiting: Waiting, instruction: Instruction) -> None:
+        """Answer a ticket and forget it."""
+        self._drop(waiting.ticket)
+        if waiting.ticket > 0:
+            self.emit(instruction)
+
+    def refuse(self, waiting: Waiting, error: Exception) -> None:
+        """Answer a ticket with an error."""
+        self.finish(waiting, Refuse(waiting.ticket, error))
+
+    def _drop(self, ticket: int) -> None:
+        waiting = self.waiting.pop(ticket, None)
+        if waiting is None:
+            return
+        self.changed = True
+        self.dissolve(waiting)
+        for name in [name for name, by in self.bars.items() if by == ticket]:
+            del self.bars[name]
+            self.touched[name] = None
+        for name in waiting.blocked_on:
+            self.touched[name] = None
+
+    def dissolve(self, waiting: Waiting) -> None:
+        """Give back what a ticket claimed. Moves already started go on, for whoever needs them next."""
+        claims, waiting.claims = waiting.claims, None
+        if claims is None:
+            return
+        self.changed = True
+        for tier in (Tier.VRAM, Tier.RAM, Tier.DISK):
+            self.books.account(tier).unclaim(claims.of(tier))
+        for part in self.books.parts.values() if waiting.planned else ():
+            if part.covered_by == waiting.ticket:
+                part.covered_by = 0
+        for name in getattr(waiting.want, "names", ()) or (getattr(waiting.want, "name", ""),):
+            model = self.books.models.get(name)
+            if model is not None and model.workspace_covered_by == waiting.ticket:
+                model.workspace_covered_by = 0
+
+    def _return_room(self, ticket: int) -> None:
+        room = self.held.pop(ticket, None)
+        if room is not None:
+            self.books.account(room.tier).cancel(room.size_bytes)
+
+    # --- gates and leases ---------------------------------------------------------------------------------------------
+
+    def may_take(self, waiting: Waiting) -> Callable[[str], bool]:
+        """Whether a model may lose something for this ticket: no leases, and no earlier ticket counts on it."""
+        promised = {
+            name
+            for other in self.waiting.values()
+            if isinstance(other.want, WantLease)
+            and other is not waiting
+            and (other.ticket < waiting.ticket or isinstance(waiting.want, WantCopy))
+            for name in other.want.names
+        }
+
+        def may(name: str) -> bool:
+            if name in promised or self.bars.get(name, waiting.ticket) != waiting.ticket:
+                return False
+            return self.gates[name].num_leases == 0
+
+        return may
+
+    def carry_out(self, waiting: Waiting, plan: Plan, reason: Reason, *, check: bool = True) -> bool:
+        """Commit a plan, or first close the gates it needs closed; True when it is committed."""
+        if plan.gates:
+            self.closing = _Closing(waiting.ticket, plan, reason, check, set(plan.gates))
+            waiting.attempts += 1
+            for name in plan.gates:
+                self.books.models[name].gate_is_open = False
+                self.touched[name] = None
+                self.emit(CloseGate(name))
+            return False
+        self._commit(waiting, plan, reason, check=check)
+        return True
+
+    def _commit(self, waiting: Waiting, plan: Plan, reason: Reason, *, check: bool) -> None:
+        names: Iterable[str] = getattr(waiting.want, "names", ()) or (getattr(waiting.want, "name", None),)
+        self.flights.commit(plan, waiting, reason, next(iter(names)), check=check)
+        waiting.planned = True
+        waiting.blocked_on, waiting.why = (), ""
+        self._wants.cover(waiting)
+        self._wants.note_overtaking(waiting, plan)
+
+    def _gate_answered(self, name: str, *, is_busy: bool) -> None:
+        closing = self.closing
+        if closing is None or name not in closing.pending:
+            return  # A gate that was closed for another cause than a plan: nothing waits for its answer.
+        closing.pending.discard(name)
+        closing.is_busy |= is_busy
+        if closing.pending:
+            return
+        self.closing = None
+        waiting = self.waiting[closing.ticket]
+        if not closing.is_busy:
+            self._commit(waiting, closing.plan, closing.reason, check=closing.check)
+            self._continue()
+        elif waiting.attempts < MAX_ATTEMPTS:
+            self._continue()
+        else:
+            self._wants.wait_for_leases(waiting, closing.plan.gates)
+            self._settle_gates()
+
+    def _continue(self) -> None:
+        # Not `_advance`: attempts count until the next outside event.
+        self.changed = True
+        while self.changed and self.closing is None:
+            self.changed = False
+            self.flights.launch()
+            self._wants.step_all()
+
+    def _lease_returned(self, name: str) -> None:
+        self.touched[name] = None
+        for waiting in self.waiting.values():
+            if name in waiting.blocked_on:
+                waiting.overtaken += 1
+
+    def _settle_gates(self) -> None:
+        """Open the gates of what is usable without asking, close the others, and watch those somebody waits for."""
+        watched = {name for waiting in self.waiting.values() for name in waiting.blocked_on}
+        self.touched.update(dict.fromkeys(watched))
+        touched, self.touched = self.touched, {}
+        for name in touched:
+            model = self.books.models.get(name)
+            if model is None:
+                continue
+            if model.gate_is_open != (is_open := self._may_open(model)):
+                model.gate_is_open = is_open
+                self.emit(OpenGate(name, model.limit) if is_open else CloseGate(name))
+            if model.gate_is_watched != (name in watched):
+                model.gate_is_watched = name in watched
+                self.emit(WatchGate(name) if model.gate_is_watched else UnwatchGate(name))
+
+    def _may_open(self, model: Model) -> bool:
+        name = model.spec.name
+        return (
+            self.books.is_up(model)
+            and self.is_charged(model)
+            and not model.is_leaving
+            and not self.is_closed
+            and name not in self.bars
+            and (self.poison is None or self.books.top is not Tier.VRAM)
+            and not (model.limit and self._wants.is_queued_for(name))
+        )
+
+    def is_charged(self, model: Model) -> bool:
+        """The top tier holds its workspace, or it has none."""
+        return model.workspace_charged or not model.spec.workspace_bytes
+
+    # --- loads and moves ------------------------------------------------------------------------------------------
+
+    def start_load(self, model: Model) -> None:
+        """Start a first load; one at a time among those of unknown size."""
+        if model.spec.size_bytes is None:
+            if self.loading_unsized is not None:
+                return
+            self.loading_unsized = model.spec.name
+        model.loading = Loading.LOADING
+        model.generation += 1
+        self.emit(StartLoad(model.spec.name, model.generation))
+
+    def _loading(self, name: str, generation: int) -> Model | None:
+        model = self.books.models.get(name)
+        if model is None or model.generation != generation or model.loading is not Loading.LOADING:
+            return None
+        if self.loading_unsized == name:
+            self.loading_unsized = None
+        return model
+
+    def _load_failed(self, model: Model, error: Exception) -> None:
+        model.loading = Loading.FAILED
+        model.error = error
+        model.failures += 1
+        over = model.failures - FAILURES_BEFORE_BACKOFF
+        model.retry_at_s = self.now_s + min(MAX_BACKOFF_S, 2.0**over) if over >= 0 else self.now_s
+        self.refuse_all(model.spec.name, error)
+
+    def refuse_all(self, name: str, error: Exception) -> None:
+        """Refuse every ticket that wants `name` brought up."""
+        for waiting in list(self.waiting.values()):
+            want = waiting.want
+            if (isinstance(want, WantLease) and name in want.names) or (
+                isinstance(want, WantCopy) and name == want.name
+            ):
+                self.refuse(waiting, error)
+
+    def _moving(self, name: str, generation: int) -> Part | None:
+        part = self.books.parts.get(name)
+        if part is None or part.flight is None or part.generation != generation:
+            return None
+        return part
+
+    def _settle_part(self, part: Part) -> None:
+        self.touched.update(dict.fromkeys(part.models))
+        if part.covered_by and (part.is_up or part.covered_by not in self.waiting):
+            part.covered_by = 0
+
+    def _kept(self, part: Part) -> None:
+        flight = self.flights.turned_back(part, self._make_room)
+        self._settle_part(part)
+        if part.source_stale or flight.move.after.vram or not part.facts.readable and not part.has_image:
+            part.kept_tick = self.planner.tick_of(part)
+        elif flight.move.write_image or flight.move.after.ram < part.n:
+            part.kept_tick = self.planner.tick_of(part)
+        else:
+            # Its source no longer describes it: from now on it is spilled, not dropped.
+            part.source_stale = True
+            self.flights.drop_image(part)
+        self._wants.giving_failed(flight.ticket, part, None)
+
+    def _failed(self, part: Part, error: Exception) -> None:
+        flight = self.flights.turned_back(part, self._make_room)
+        self._settle_part(part)
+        if isinstance(error, DevicePoisonedError):
+            self._poisoned(error)
+        elif flight.frees:
+            part.kept_tick = self.planner.tick_of(part)
+            self._wants.giving_failed(flight.ticket, part, error)
+        elif isinstance(error, DeviceMemoryError) and part.ooms == 0:
+            # The device refused what the ledger allowed. Give as much again up and try once more.
+            part.ooms += 1
+            self._wants.give_up_extra(flight)
+        else:
+            part.ooms = 0
+            for name in list(part.models):
+                self.refuse_all(name, error)
+
+    def _poisoned(self, error: DevicePoisonedError) -> None:
+        self.poison = error
+        self.touched.update(dict.fromkeys(self.books.models))
+        for waiting in list(self.waiting.values()):
+            self.refuse(waiting, error)
+
+    def _make_room(self, tier: Tier, n_bytes: int) -> None:
+        account = self.books.account(tier)
+        for waiting in reversed(list(self.waiting.values())):
+            if account.claimed_bytes <= account.free_bytes + account.draining_bytes - n_bytes:
+                return
+            self.dissolve(waiting)
+
+    # --- time and the end ---------------------------------------------------------------------------------------------
+
+    def _look_for_idle(self) -> None:
+        """Park what was not used for its idle time, seen at a granularity of a quarter of it; then look again."""
+        next_s = None
+        for name in self._idle_models:
+            model = self.books.models.get(name)
+            if model is None or model.spec.idle_s is None or model.loading is not Loading.LOADED:
+                continue
+            gate = self.gates[name]
+            if gate.tick != model.idle_tick or gate.num_leases:
+                model.idle_tick, model.idle_since_s = gate.tick, self.now_s
+            elif self.now_s - model.idle_since_s >= model.spec.idle_s and self._is_parkable(model):
+                down = Tier.RAM if self.books.top is Tier.VRAM else Tier.DISK
+                self.ask_ourselves(WantDown(name, down, None, Reason.IDLE))
+            if self._is_parkable(model):
+                step_s = max(model.spec.idle_s / 4, 0.05)
+                next_s = min(next_s or self.now_s + step_s, self.now_s + step_s)
+        if next_s is not None:
+            self.emit(ArmTimer(next_s))
+
+    def _is_parkable(self, model: Model) -> bool:
+        if model.spec.pin is not None or any(
+            isinstance(w.want, WantDown) and w.want.name == model.spec.name for w in self.waiting.values()
+        ):
+            return False
+        parts = [self.books.parts[part] for part in model.parts]
+        return any(part.vram if self.books.top is Tier.VRAM else not part.is_cold for part in parts)
+
+    def arm_idle(self, model: Model) -> None:
+        """Begin looking for idleness of a model that came up."""
+        if model.spec.idle_s is not None:
+            model.idle_tick, model.idle_since_s = -1, self.now_s
+            self.emit(ArmTimer(self.now_s + max(model.spec.idle_s / 4, 0.05)))
+
+    def _close(self) -> None:
+        self.is_closed = True
+        self.touched.update(dict.fromkeys(self.books.models))
+        for waiting in list(self.waiting.values()):
+            self.refuse(waiting, CacheClosedError())
+
+    def forget(self, model: Model) -> None:
+        """Drop every record of a model whose bytes are gone."""
+        name = model.spec.name
+        for part_id in model.parts:
+            part = self.books.parts[part_id]
+            part.models.remove(name)
+            if not part.models:
+                self.flights.drop_image(part)
+                del self.books.parts[part_id]
+                self.books.resident.pop(part_id, None)
+        self.flights.give_workspace(name)
+        self._idle_models.pop(name, None)
+        del self.books.models[name]
+        self.touched.pop(name, None)
+        self.bars.pop(name, None)
+        self.emit(Forget(name))
+
+    # --- checks -------------------------------------------------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Assert every invariant; for tests, exploration and debugging."""
+        books = self.books
+        for account in (books.vram, books.ram, books.disk):
+            account.validate()
+        held, moving, draining = Room(), Room(), Room()
+        for part in books.parts.values():
+            at = part.room(part.residency)
+            frees = part.flight.frees if part.flight else Room()
+            held += Room(at.vram - frees.vram, at.ram - frees.ram, part.image_bytes)
+            draining += frees
+            if part.flight is not None and part.flight.started:
+                moving += part.flight.needs
+            assert part.vram >= part.ram or part.is_cold or part.vram == 0, part
+            assert (part.facts.part in books.resident) == (not part.is_cold), part
+        for room in self.held.values():
+            moving += Room(**{room.tier.value: room.size_bytes})
+        top = books.account(books.top)
+        workspaces = sum(m.spec.workspace_bytes for m in books.models.values() if m.workspace_charged)
+        for tier in (Tier.VRAM, Tier.RAM, Tier.DISK):
+            account = books.account(tier)
+            extra = workspaces if account is top else 0
+            assert account.resident_bytes == held.of(tier) + extra, (tier, account, held, extra)
+            assert account.reserved_bytes == moving.of(tier), (tier, account, moving)
+            assert account.draining_bytes == draining.of(tier), (tier, account, draining)
+        for model in books.models.values():
+            if model.gate_is_open:
+                assert books.is_up(model), model
+                assert self.is_charged(model), model

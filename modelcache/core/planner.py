@@ -1,0 +1,311 @@
+"""From a need in bytes to one complete set of victims, or a refusal with its reason.
+
+Pure: asked speculatively, it changes nothing. Nobody is given up unless what is given up suffices.
+
+Where VRAM is short, candidates are trimmed from the tail, only as many segments as needed; a trim whose bytes are not
+in RAM needs room there too. Where RAM is short, the duplicates of segments that VRAM holds go first, then whole
+copies: dropped if their bytes can be read again, else spilled to an image file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from modelcache.core.ledger import Room
+from modelcache.core.policy import Candidate, EvictionPolicy
+from modelcache.core.records import Books, GateReading, Model, Part
+from modelcache.move import Residency
+from modelcache.tier import Tier
+
+
+#: What makes copies from a callable loader evictable.
+SPILL_HINT = " (a loader that may be called again: reload=True; or a budget for image files: budgets.disk)"
+
+
+@dataclass(frozen=True, slots=True)
+class Giving:
+    """What one part gives up for a plan."""
+
+    part: str
+    after: Residency
+    needs: Room
+    frees: Room
+    write_image: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A complete victim set.
+
+    Attributes:
+        needs: The bytes asked for.
+        givings: One move for each part that gives something up.
+        workspaces: Idle models that lose only their workspace, or that too.
+        gates: The models whose gates must be closed and found empty first.
+    """
+
+    needs: Room
+    givings: tuple[Giving, ...]
+    workspaces: tuple[str, ...]
+    gates: tuple[str, ...]
+
+
+class Cause(Enum):
+    """Why there is no plan."""
+
+    TOO_LARGE = "too large"  # exceeds the whole budget
+    BUSY = "busy"  # what could go is leased, moving or promised: it may become free
+    HELD = "held"  # what is there may never go: pins, copies that nothing could bring back
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a need cannot be met now."""
+
+    cause: Cause
+    tier: Tier
+    needed_bytes: int
+    free_bytes: int
+    leased: tuple[str, ...] = ()
+    reason: str = ""
+
+
+class _Draft:
+    """A plan in the making: what was taken so far, per tier."""
+
+    def __init__(self, books: Books, needs: Room) -> None:
+        self.books = books
+        self.needs = needs
+        self.givings: dict[str, Giving] = {}
+        self.workspaces: dict[str, None] = {}
+        self.vram = books.vram.available_bytes - needs.vram
+        self.ram = books.ram.available_bytes - needs.ram
+        self.disk = books.disk.available_bytes - needs.disk
+
+    def take(self, part: Part, after: Residency, *, write_image: bool = False) -> None:
+        """Let a part give up everything between where it is and `after`; a later call for it replaces an earlier."""
+        self.untake(part)
+        held, kept = part.room(part.residency), part.room(after)
+        needs = Room(
+            ram=max(0, kept.ram - held.ram),
+            disk=part.facts.image_bytes if write_image else 0,
+        )
+        frees = Room(vram=held.vram - kept.vram, ram=max(0, held.ram - kept.ram))
+        self.givings[part.facts.part] = Giving(part.facts.part, after, needs, frees, write_image)
+        self.vram += frees.vram
+        self.ram += frees.ram - needs.ram
+        self.disk -= needs.disk
+
+    def untake(self, part: Part) -> None:
+        """Undo `take`."""
+        giving = self.givings.pop(part.facts.part, None)
+        if giving is not None:
+            self.vram -= giving.frees.vram
+            self.ram -= giving.frees.ram - giving.needs.ram
+            self.disk += giving.needs.disk
+
+    def take_workspace(self, model: Model) -> None:
+        """Let an idle model give up its workspace."""
+        name, size = model.spec.name, model.spec.workspace_bytes
+        if not model.workspace_charged or name in self.workspaces:
+            return
+        self.workspaces[name] = None
+        if self.books.top is Tier.VRAM:
+            self.vram += size
+        else:
+            self.ram += size
+
+    def finish(self) -> Plan:
+        """The plan, and the gates it needs closed: every open gate in front of what it takes."""
+        touched = dict(self.workspaces)
+        for part in self.givings:
+            touched.update(dict.fromkeys(self.books.parts[part].models))
+        gates = tuple(name for name in touched if self.books.models[name].gate_is_open)
+        return Plan(self.needs, tuple(self.givings.values()), tuple(self.workspaces), gates)
+
+
+class Planner:
+    """Finds victims in `books`, as `policy` ranks them and `gates` date them."""
+
+    def __init__(self, books: Books, gates: dict[str, GateReading], policy: EvictionPolicy) -> None:
+        self._books = books
+        self._gates = gates
+        self._policy = policy
+
+    def plan(self, needs: Room, may_take: Callable[[str], bool], spare: Iterable[str] = ()) -> Plan | Refusal:
+        """A complete victim set for `needs`, or why there is none now.
+
+        Args:
+            needs: Bytes wanted free, per tier.
+            may_take: Whether a model may lose something now: not leased, not promised to somebody else.
+            spare: Parts that must not be given up for this: what it is for.
+        """
+        spared = frozenset(spare)
+        return self._complete(_Draft(self._books, needs), may_take, spared)
+
+    def plan_down(self, parts: Iterable[Part], tier: Tier, may_take: Callable[[str], bool]) -> Plan | Refusal:
+        """A plan that gives `parts` up to `tier`, and makes the room that takes; everything is clean or spilled."""
+        draft = _Draft(self._books, Room())
+        spared = set()
+        for part in parts:
+            spared.add(part.facts.part)
+            for name in part.models:
+                draft.take_workspace(self._books.models[name])
+            if tier is Tier.RAM and part.vram:
+                draft.take(part, Residency(0, 0))
+            elif tier is Tier.DISK and not part.is_cold:
+                if not part.rereadable and not self.may_spill(part):
+                    why = f"its bytes are in no file to read them from again{SPILL_HINT}"
+                    return Refusal(Cause.HELD, Tier.DISK, part.facts.image_bytes, max(0, draft.disk), reason=why)
+                draft.take(part, Residency(0, part.n), write_image=not part.rereadable)
+        return self._complete(draft, may_take, frozenset(spared))
+
+    def could_ever_fit(self, needs: Room, spare: Iterable[str] = ()) -> Refusal | None:
+        """`None` if `needs` fit once everything that can go is gone; else what stands in the way for good."""
+        spared = frozenset(spare)
+        fixed = {Tier.VRAM: 0, Tier.RAM: 0}
+        for name in self._books.resident:
+            part = self._books.parts[name]
+            if name in spared:
+                continue
+            held = part.room(part.residency)
+            if self._books.top is Tier.VRAM and not self.may_leave_vram(part):
+                fixed[Tier.VRAM] += held.vram
+            if not self.may_leave_whole(part) or not (part.rereadable or self.may_spill(part)):
+                sheddable = self.may_leave_ram(part) and part.rereadable and self._books.top is Tier.VRAM
+                fixed[Tier.RAM] += held.ram if not sheddable else 0
+        for tier, fixed_bytes in fixed.items():
+            target = self._books.account(tier).target_bytes
+            if needs.of(tier) > target - fixed_bytes:
+                why = "the rest is pinned, or in no file to read it from again" + (SPILL_HINT if tier is Tier.RAM else "")
+                return Refusal(Cause.HELD, tier, needs.of(tier), max(0, target - fixed_bytes), reason=why)
+        return None
+
+    def _complete(self, draft: _Draft, may_take: Callable[[str], bool], spared: frozenset[str]) -> Plan | Refusal:
+        if self._books.top is Tier.VRAM:
+            self._free_vram(draft, may_take, spared)
+        self._free_ram(draft, may_take, spared)
+        needs = draft.needs
+        if draft.vram >= 0 and draft.ram >= 0 and draft.disk >= 0:
+            return draft.finish()
+        tier = Tier.VRAM if draft.vram < 0 else Tier.RAM if draft.ram < 0 else Tier.DISK
+        wanted = needs.of(tier)
+        short = {Tier.VRAM: draft.vram, Tier.RAM: draft.ram, Tier.DISK: draft.disk}[tier]
+        return Refusal(Cause.BUSY, tier, wanted, max(0, wanted + short))
+
+    # --- VRAM ----------------------------------------------------------------------------------------------------
+
+    def _free_vram(self, draft: _Draft, may_take: Callable[[str], bool], spared: frozenset[str]) -> None:
+        if draft.vram >= 0:
+            return
+        for part in self._ranked(Tier.VRAM, may_take, spared):
+            for name in part.models:
+                draft.take_workspace(self._books.models[name])
+            if draft.vram < 0 and part.vram:
+                self._trim(draft, part)
+            if draft.vram >= 0:
+                return
+
+    def _trim(self, draft: _Draft, part: Part) -> None:
+        """Take tail segments of one part until enough is free; whole to disk if RAM has no room for what it lacks."""
+        keep = part.vram
+        while keep and part.vram_sums[part.vram] - part.vram_sums[keep] < -draft.vram:
+            keep -= 1
+        lacking = part.ram_sums[part.ram] - part.ram_sums[min(keep, part.ram)]
+        if lacking <= draft.ram or lacking == 0:
+            draft.take(part, Residency(keep, min(keep, part.ram)))
+        elif self.may_leave_whole(part) and part.rereadable:
+            draft.take(part, Residency(0, part.n))
+        else:
+            self._trim_what_ram_holds(draft, part)
+
+    def _trim_what_ram_holds(self, draft: _Draft, part: Part) -> None:
+        keep = min(part.ram, part.vram)
+        if keep < part.vram:
+            draft.take(part, Residency(keep, part.ram))
+
+    # --- RAM -----------------------------------------------------------------------------------------------------
+
+    def _free_ram(self, draft: _Draft, may_take: Callable[[str], bool], spared: frozenset[str]) -> None:
+        if draft.ram >= 0:
+            return
+        ranked = list(self._ranked(Tier.RAM, may_take, spared))
+        if self._books.top is Tier.VRAM:
+            self._shed_duplicates(draft, ranked)
+        else:
+            for part in ranked:
+                for name in part.models:
+                    if draft.ram < 0:
+                        draft.take_workspace(self._books.models[name])
+        for part in ranked:
+            if draft.ram >= 0:
+                return
+            if part.is_cold or not self.may_leave_whole(part):
+                continue
+            if part.rereadable:
+                draft.take(part, Residency(0, part.n))
+            elif part.facts.image_bytes <= draft.disk:
+                draft.take(part, Residency(0, part.n), write_image=True)
+
+    def _shed_duplicates(self, draft: _Draft, ranked: list[Part]) -> None:
+        """Take the RAM twins of what VRAM goes on holding, if their bytes are on disk too."""
+        for part in ranked:
+            if draft.ram >= 0:
+                return
+            giving = draft.givings.get(part.facts.part)
+            if giving is not None or not part.rereadable or part.ram >= part.vram:
+                continue
+            head = part.ram
+            while head < part.vram and part.ram_sums[head] - part.ram_sums[part.ram] < -draft.ram:
+                head += 1
+            draft.take(part, Residency(part.vram, head))
+
+    # --- who may go -------------------------------------------------------------------------------------------------
+
+    def _ranked(self, tier: Tier, may_take: Callable[[str], bool], spared: frozenset[str]) -> Iterable[Part]:
+        candidates = []
+        for name in self._books.resident:
+            part = self._books.parts[name]
+            may_leave = self.may_leave_vram(part) if tier is Tier.VRAM else self.may_leave_ram(part)
+            if name in spared or part.flight is not None or part.covered_by or not may_leave:
+                continue
+            if all(may_take(model) for model in part.models):
+                candidates.append(self._candidate(part, tier))
+        return (self._books.parts[c.part] for c in self._policy.rank(candidates))
+
+    def _candidate(self, part: Part, tier: Tier) -> Candidate:
+        models = [self._books.models[name] for name in part.models]
+        return Candidate(
+            part.facts.part,
+            max(model.spec.priority.rank for model in models),
+            self.tick_of(part),
+            part.room(part.residency).of(tier),
+        )
+
+    def tick_of(self, part: Part) -> int:
+        """When it was last used, as a sequence number."""
+        return max((self._gates[name].tick for name in part.models), default=0)
+
+    def may_leave_vram(self, part: Part) -> bool:
+        """Whether pins and refused writes let VRAM give it up, leases aside."""
+        return Tier.VRAM not in self._pins(part) and not self._is_kept(part)
+
+    def may_leave_ram(self, part: Part) -> bool:
+        """Whether they let RAM give up what VRAM holds too."""
+        return Tier.RAM not in self._pins(part) and not self._is_kept(part)
+
+    def may_leave_whole(self, part: Part) -> bool:
+        """Whether they let every tier above disk give it up."""
+        return self._pins(part) <= {None, Tier.DISK} and not self._is_kept(part)
+
+    def may_spill(self, part: Part) -> bool:
+        """Whether the disk budget has room for its image file."""
+        return part.facts.image_bytes <= self._books.disk.available_bytes
+
+    def _pins(self, part: Part) -> set[Tier | None]:
+        return {self._books.models[name].spec.pin for name in part.models}
+
+    def _is_kept(self, part: Part) -> bool:
+        return part.kept_tick >= 0 and part.kept_tick == self.tick_of(part)

@@ -1,0 +1,328 @@
+"""What the machine remembers of parts, models and waiting callers, and the states these facts amount to.
+
+Records are data: only `Machine` writes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import accumulate
+from typing import Protocol
+
+from modelcache.core.ledger import Account, Room
+from modelcache.core.messages import Want
+from modelcache.errors import InvalidTransitionError
+from modelcache.move import Move, MoveKind, PartFacts, Residency
+from modelcache.spec import ModelSpec
+from modelcache.tier import Tier
+
+
+class GateReading(Protocol):
+    """What may be read of a gate at any time. The figures are advisory until the gate was closed."""
+
+    @property
+    def num_leases(self) -> int:
+        """Leases open now."""
+
+    @property
+    def tick(self) -> int:
+        """The sequence number of the last use."""
+
+    def holders(self) -> Iterable[object]:
+        """Who holds the open leases; `None` for a lease that is returned by itself soon."""
+
+
+class State(Enum):
+    """Where a model or a part is. Derived from facts, so that it cannot disagree with them."""
+
+    COLD = "cold"  # source or image file only
+    STAGING = "staging"  # disk -> RAM, in flight
+    PARKED = "parked"  # every segment in RAM, none in VRAM
+    PARTIAL = "partial"  # some segments in VRAM, the rest in RAM
+    PROMOTING = "promoting"  # RAM -> VRAM, in flight
+    READY = "ready"  # every segment on the top tier
+    TRIMMING = "trimming"  # segments being given up, by whatever kind of move
+    FAILED = "failed"  # a first load failed, no tier holds it
+
+    def __str__(self) -> str:
+        return self.value
+
+
+_MOVING = {
+    MoveKind.STAGE: State.STAGING,
+    MoveKind.PROMOTE: State.PROMOTING,
+    MoveKind.TRIM: State.TRIMMING,
+    MoveKind.SHED: State.TRIMMING,
+    MoveKind.EVICT: State.TRIMMING,
+}
+
+#: Which move may start in which state, and where it may end; a failed move returns to where it began.
+TRANSITIONS: dict[tuple[State, MoveKind], frozenset[State]] = {
+    (State.COLD, MoveKind.STAGE): frozenset({State.PARKED, State.READY}),
+    (State.PARKED, MoveKind.PROMOTE): frozenset({State.PARTIAL, State.READY}),
+    (State.PARTIAL, MoveKind.PROMOTE): frozenset({State.PARTIAL, State.READY}),
+    (State.READY, MoveKind.TRIM): frozenset({State.PARTIAL, State.PARKED}),
+    (State.PARTIAL, MoveKind.TRIM): frozenset({State.PARTIAL, State.PARKED}),
+    (State.READY, MoveKind.SHED): frozenset({State.READY}),
+    (State.PARTIAL, MoveKind.SHED): frozenset({State.PARTIAL}),
+    (State.READY, MoveKind.EVICT): frozenset({State.COLD}),
+    (State.PARTIAL, MoveKind.EVICT): frozenset({State.COLD}),
+    (State.PARKED, MoveKind.EVICT): frozenset({State.COLD}),
+}
+
+
+@dataclass(slots=True)
+class Flight:
+    """One move that was decided on, with the bytes it is charged on each side.
+
+    Until `started`, it waits for the RAM that a write-back needs to be confirmed free.
+    """
+
+    move: Move
+    needs: Room
+    frees: Room
+    ticket: int
+    started: bool = False
+
+
+@dataclass(slots=True)
+class Part:
+    """One part: its sizes, where its segments are, and the one move that may be in flight.
+
+    Attributes:
+        facts: What the data plane measured; replaced when its source no longer describes it.
+        top: The tier on which it is usable.
+        models: The models that hold it.
+        vram: VRAM holds segments ``[0, vram)``.
+        ram: RAM holds segments ``[ram, n)``.
+        covered_by: The ticket whose plan brings it up; 0 for nobody.
+        has_image: An image file holds its present bytes.
+        image_bytes: What its image file occupies on disk; 0 without one.
+        source_stale: It was written to, so its source no longer describes it.
+        kept_tick: It refused to be given up when its gates showed this tick; -1 when it never did.
+        ooms: Promotions refused by the device in a row.
+    """
+
+    facts: PartFacts
+    top: Tier
+    models: list[str] = field(default_factory=list)
+    vram: int = 0
+    ram: int = -1
+    generation: int = 0
+    flight: Flight | None = None
+    covered_by: int = 0
+    has_image: bool = False
+    image_bytes: int = 0
+    source_stale: bool = False
+    kept_tick: int = -1
+    ooms: int = 0
+    vram_sums: tuple[int, ...] = ()
+    ram_sums: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.ram = self.n if self.ram < 0 else self.ram
+        self.vram_sums = tuple(accumulate(self.facts.vram_bytes, initial=0))
+        self.ram_sums = tuple(accumulate(self.facts.ram_bytes, initial=0))
+
+    @property
+    def n(self) -> int:
+        """Number of segments."""
+        return len(self.facts.ram_bytes)
+
+    @property
+    def residency(self) -> Residency:
+        """The two numbers."""
+        return Residency(self.vram, self.ram)
+
+    @property
+    def is_cold(self) -> bool:
+        """No tier above disk holds anything."""
+        return self.vram == 0 and self.ram == self.n
+
+    @property
+    def is_up(self) -> bool:
+        """The top tier holds every segment."""
+        return self.vram == self.n if self.top is Tier.VRAM else self.ram == 0
+
+    @property
+    def rereadable(self) -> bool:
+        """Its present bytes are on disk, so a clean copy may be dropped."""
+        return self.has_image or (self.facts.readable and not self.source_stale)
+
+    def room(self, where: Residency) -> Room:
+        """The bytes it is charged at a residency."""
+        return Room(vram=self.vram_sums[where.vram], ram=self.ram_sums[-1] - self.ram_sums[where.ram])
+
+    @property
+    def state(self) -> State:
+        """What the facts amount to."""
+        if self.flight is not None and self.flight.started:
+            return _MOVING[self.flight.move.kind]
+        return self.resting_state
+
+    @property
+    def resting_state(self) -> State:
+        """The same, as if nothing was in flight."""
+        if self.is_up:
+            return State.READY
+        if self.is_cold:
+            return State.COLD
+        return State.PARTIAL if self.vram else State.PARKED
+
+    def begin(self, move: Move) -> None:
+        """Assert that a move may start here."""
+        if (self.resting_state, move.kind) not in TRANSITIONS or move.before != self.residency:
+            raise InvalidTransitionError(self.facts.part, str(self.state), str(move.kind), (str(move),))
+
+    def arrive(self, move: Move) -> None:
+        """Take the residency that a finished move leads to."""
+        allowed = TRANSITIONS[self.resting_state, move.kind]
+        self.vram, self.ram = move.after.vram, move.after.ram
+        if self.resting_state not in allowed:
+            raise InvalidTransitionError(self.facts.part, str(move.kind), str(self.resting_state), (str(move),))
+
+    def copy(self) -> Part:
+        """A record of its own with the same facts."""
+        twin = object.__new__(Part)
+        for name in Part.__slots__:
+            setattr(twin, name, getattr(self, name))
+        twin.models = list(self.models)
+        if self.flight is not None:
+            flight = self.flight
+            twin.flight = Flight(flight.move, flight.needs, flight.frees, flight.ticket, flight.started)
+        return twin
+
+
+class Loading(Enum):
+    """How far the first load of a model is."""
+
+    UNLOADED = "unloaded"
+    LOADING = "loading"
+    LOADED = "loaded"
+    FAILED = "failed"
+
+
+@dataclass(slots=True)
+class Model:
+    """One registered model.
+
+    Attributes:
+        spec: As registered; `pin` follows the operator.
+        loading: How far its first load is.
+        parts: Ids, in first-use order; empty until loaded, and for a model without bytes.
+        limit: Leases at a time; 0 is unlimited.
+        gate_is_open: What the machine ordered last.
+        workspace_charged: The top tier holds its workspace.
+        workspace_covered_by: The ticket whose plan charges it; 0 for nobody.
+        is_leaving: Unregistered; nobody gets it any more.
+        failures: First loads that failed in a row.
+        retry_at_s: Until then, a request is refused with `error` at once.
+        idle_tick: The tick at the last look for idleness, and `idle_since_s` when it was first seen.
+    """
+
+    spec: ModelSpec
+    generation: int = 0
+    loading: Loading = Loading.UNLOADED
+    parts: tuple[str, ...] = ()
+    limit: int = 0
+    type_name: str = ""
+    gate_is_open: bool = False
+    gate_is_watched: bool = False
+    workspace_charged: bool = False
+    workspace_covered_by: int = 0
+    is_leaving: bool = False
+    failures: int = 0
+    retry_at_s: float = 0.0
+    error: Exception | None = None
+    idle_tick: int = -1
+    idle_since_s: float = 0.0
+
+    def copy(self) -> Model:
+        """A record of its own with the same facts."""
+        twin = object.__new__(Model)
+        for name in Model.__slots__:
+            setattr(twin, name, getattr(self, name))
+        return twin
+
+
+@dataclass(slots=True)
+class Waiting:
+    """One ticket: what is wanted, what was claimed for it, and how long it has been overtaken.
+
+    Attributes:
+        claims: Bytes claimed and not yet reserved. `None`: there is no plan.
+        planned: A plan was made for it at least once.
+        overtaken: Leases that went to others while this one waited for them.
+        attempts: Plans thwarted by a busy gate since the last event.
+        freed: What was given up for it so far.
+        blocked_on: The models whose leases it waits for.
+        why: What it waits for, for people.
+    """
+
+    ticket: int
+    want: Want
+    claims: Room | None = None
+    planned: bool = False
+    overtaken: int = 0
+    attempts: int = 0
+    freed: Room = field(default_factory=Room)
+    blocked_on: tuple[str, ...] = ()
+    why: str = ""
+
+    def copy(self) -> Waiting:
+        """A record of its own with the same facts."""
+        twin = object.__new__(Waiting)
+        for name in Waiting.__slots__:
+            setattr(twin, name, getattr(self, name))
+        return twin
+
+
+@dataclass(slots=True)
+class Books:
+    """Everything the planner reads: parts, models and accounts. Written by the machine alone."""
+
+    top: Tier
+    vram: Account
+    ram: Account
+    disk: Account
+    parts: dict[str, Part] = field(default_factory=dict)
+    models: dict[str, Model] = field(default_factory=dict)
+    resident: dict[str, None] = field(default_factory=dict)
+
+    def account(self, tier: Tier) -> Account:
+        """The account of a tier."""
+        return {Tier.VRAM: self.vram, Tier.RAM: self.ram, Tier.DISK: self.disk}[tier]
+
+    def parts_of(self, names: Iterable[str]) -> Iterator[Part]:
+        """The parts of some models, each once, in order."""
+        seen: set[str] = set()
+        for name in names:
+            for part in self.models[name].parts:
+                if part not in seen:
+                    seen.add(part)
+                    yield self.parts[part]
+
+    def is_up(self, model: Model) -> bool:
+        """Loaded, whole on the top tier, and nothing of it in flight."""
+        return model.loading is Loading.LOADED and all(
+            self.parts[part].is_up and self.parts[part].flight is None for part in model.parts
+        )
+
+    def state_of(self, model: Model) -> State:
+        """The state of a model: that of the part furthest from ready."""
+        if model.loading is Loading.LOADING:
+            return State.STAGING
+        if model.loading is Loading.FAILED:
+            return State.FAILED
+        if model.loading is Loading.UNLOADED:
+            return State.COLD
+        states = [self.parts[part].state for part in model.parts]
+        for state in (State.TRIMMING, State.STAGING, State.PROMOTING, State.COLD):
+            if state in states:
+                return state
+        if all(state is State.READY for state in states):
+            return State.READY
+        return State.PARKED if all(state is State.PARKED for state in states) else State.PARTIAL
+
