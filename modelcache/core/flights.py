@@ -94,7 +94,7 @@ class Flights:
         self._books.vram.reserve(needs.vram)
         self._books.ram.reserve(needs.ram)
         waiting.claims = Room(claims.vram - needs.vram, claims.ram - needs.ram, claims.disk)
-        name = getattr(waiting.want, "name", None) or next(iter(getattr(waiting.want, "names", ())), None)
+        name = next(iter(waiting.names), None)
         move = Move(
             part.facts.part, part.generation + 1, part.residency, after, part.n, reason=reason, on_behalf_of=name
         )

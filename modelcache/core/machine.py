@@ -6,7 +6,7 @@ each ticket in order is taken one step further, as far as bytes, moves and lease
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import assert_never
 
@@ -17,12 +17,10 @@ from modelcache.core.messages import (
     Asked,
     CloseGate,
     Closing,
-    Done,
     Event,
     Forget,
     GateBusy,
     GateClosed,
-    Grant,
     Instruction,
     LeaseReturned,
     Left,
@@ -59,7 +57,7 @@ from modelcache.errors import (
     QueueFullError,
     UnknownModelError,
 )
-from modelcache.move import Reason
+from modelcache.move import MoveKind, Reason
 from modelcache.spec import ModelSpec
 from modelcache.tier import Tier
 
@@ -123,6 +121,7 @@ class Machine:
         self.poison: DevicePoisonedError | None = None
         self.is_closed = False
         self.loading_unsized: str | None = None
+        self.loading_names: dict[str, None] = {}
         self.changed = False
         self.now_s = 0.0
         self._next_own_ticket = -1
@@ -235,6 +234,15 @@ class Machine:
                 self.books.models[waiting.want.name].is_leaving = True
                 self.touched[waiting.want.name] = None
 
+    def ask_for_target(self, tier: Tier) -> None:
+        """Give up what a lowered budget no longer covers, if anything idle has it."""
+        waiting = Waiting(self._next_own_ticket, WantBudget(tier, self.books.account(tier).target_bytes))
+        plan = self.planner.plan(Room(), self.may_take(waiting))
+        if isinstance(plan, Plan) and (plan.givings or plan.workspaces):
+            self._next_own_ticket -= 1
+            self.waiting[waiting.ticket] = waiting
+            self.carry_out(waiting, plan, Reason.PRESSURE)
+
     def ask_ourselves(self, want: WantDown) -> None:
         """Queue a want that nobody waits for; its ticket is below 0."""
         self.waiting[self._next_own_ticket] = Waiting(self._next_own_ticket, want)
@@ -270,10 +278,10 @@ class Machine:
         self.changed = True
         for tier in (Tier.VRAM, Tier.RAM, Tier.DISK):
             self.books.account(tier).unclaim(claims.of(tier))
-        for part in self.books.parts.values() if waiting.planned else ():
+        for part in self.books.parts.values():
             if part.covered_by == waiting.ticket:
                 part.covered_by = 0
-        for name in getattr(waiting.want, "names", ()) or (getattr(waiting.want, "name", ""),):
+        for name in waiting.names:
             model = self.books.models.get(name)
             if model is not None and model.workspace_covered_by == waiting.ticket:
                 model.workspace_covered_by = 0
@@ -317,8 +325,7 @@ class Machine:
         return True
 
     def _commit(self, waiting: Waiting, plan: Plan, reason: Reason, *, check: bool) -> None:
-        names: Iterable[str] = getattr(waiting.want, "names", ()) or (getattr(waiting.want, "name", None),)
-        self.flights.commit(plan, waiting, reason, next(iter(names)), check=check)
+        self.flights.commit(plan, waiting, reason, next(iter(waiting.names), None), check=check)
         waiting.planned = True
         waiting.blocked_on, waiting.why = (), ""
         self._wants.cover(waiting)
@@ -398,6 +405,7 @@ class Machine:
                 return
             self.loading_unsized = model.spec.name
         model.loading = Loading.LOADING
+        self.loading_names[model.spec.name] = None
         model.generation += 1
         self.emit(StartLoad(model.spec.name, model.generation))
 
@@ -405,6 +413,7 @@ class Machine:
         model = self.books.models.get(name)
         if model is None or model.generation != generation or model.loading is not Loading.LOADING:
             return None
+        self.loading_names.pop(name, None)
         if self.loading_unsized == name:
             self.loading_unsized = None
         return model
@@ -440,9 +449,8 @@ class Machine:
     def _kept(self, part: Part) -> None:
         flight = self.flights.turned_back(part, self._make_room)
         self._settle_part(part)
-        if part.source_stale or flight.move.after.vram or not part.facts.readable and not part.has_image:
-            part.kept_tick = self.planner.tick_of(part)
-        elif flight.move.write_image or flight.move.after.ram < part.n:
+        is_drop = flight.move.kind in (MoveKind.EVICT, MoveKind.SHED) and not flight.move.write_image
+        if not (is_drop and part.rereadable):
             part.kept_tick = self.planner.tick_of(part)
         else:
             # Its source no longer describes it: from now on it is spilled, not dropped.

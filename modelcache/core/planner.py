@@ -9,7 +9,7 @@ copies: dropped if their bytes can be read again, else spilled to an image file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -18,7 +18,6 @@ from modelcache.core.policy import Candidate, EvictionPolicy
 from modelcache.core.records import Books, GateReading, Model, Part
 from modelcache.move import Residency
 from modelcache.tier import Tier
-
 
 #: What makes copies from a callable loader evictable.
 SPILL_HINT = " (a loader that may be called again: reload=True; or a budget for image files: budgets.disk)"
@@ -129,7 +128,7 @@ class _Draft:
 class Planner:
     """Finds victims in `books`, as `policy` ranks them and `gates` date them."""
 
-    def __init__(self, books: Books, gates: dict[str, GateReading], policy: EvictionPolicy) -> None:
+    def __init__(self, books: Books, gates: Mapping[str, GateReading], policy: EvictionPolicy) -> None:
         self._books = books
         self._gates = gates
         self._policy = policy
@@ -179,7 +178,9 @@ class Planner:
         for tier, fixed_bytes in fixed.items():
             target = self._books.account(tier).target_bytes
             if needs.of(tier) > target - fixed_bytes:
-                why = "the rest is pinned, or in no file to read it from again" + (SPILL_HINT if tier is Tier.RAM else "")
+                why = "the rest is pinned, or in no file to read it from again" + (
+                    SPILL_HINT if tier is Tier.RAM else ""
+                )
                 return Refusal(Cause.HELD, tier, needs.of(tier), max(0, target - fixed_bytes), reason=why)
         return None
 

@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Protocol
 
 from modelcache.core.ledger import Account, Room
-from modelcache.core.messages import Want
+from modelcache.core.messages import Want, WantCopy, WantDown, WantGone, WantLease
 from modelcache.errors import InvalidTransitionError
 from modelcache.move import Move, MoveKind, PartFacts, Residency
 from modelcache.spec import ModelSpec
@@ -271,6 +271,22 @@ class Waiting:
     blocked_on: tuple[str, ...] = ()
     why: str = ""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The models it is about."""
+        match self.want:
+            case WantLease(names=names):
+                return names
+            case WantCopy(name=name) | WantDown(name=name) | WantGone(name=name):
+                return (name,)
+            case _:
+                return ()
+
+    @property
+    def label(self) -> str:
+        """What it is about, for people."""
+        return " + ".join(self.names) or "room"
+
     def copy(self) -> Waiting:
         """A record of its own with the same facts."""
         twin = object.__new__(Waiting)
@@ -325,4 +341,3 @@ class Books:
         if all(state is State.READY for state in states):
             return State.READY
         return State.PARKED if all(state is State.PARKED for state in states) else State.PARTIAL
-

@@ -1,0 +1,519 @@
+"""How each kind of ticket is taken one step further. Called by `Machine` only, which owns every record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, assert_never
+
+from modelcache.core.cycles import deadlocked
+from modelcache.core.ledger import Room
+from modelcache.core.messages import (
+    Done,
+    Grant,
+    WantBudget,
+    WantCopy,
+    WantDown,
+    WantGone,
+    WantLease,
+    WantRoom,
+)
+from modelcache.core.planner import Cause, Giving, Plan, Refusal
+from modelcache.core.records import Flight, Loading, Model, Part, Waiting
+from modelcache.errors import (
+    BudgetExhaustedError,
+    LeaseCycleError,
+    LeaseError,
+    ModelTooLargeError,
+    UnknownModelError,
+)
+from modelcache.move import LoadedFacts, Reason, Residency
+from modelcache.tier import Tier
+from modelcache.units import format_bytes
+
+if TYPE_CHECKING:
+    from modelcache.core.machine import Machine
+
+#: A ticket is overtaken at most this often before what it waits for is kept from others.
+MAX_OVERTAKEN = 8
+#: Once this many tickets of a pass are blocked, those behind them are not planned for.
+MAX_BLOCKED_PLANS = 8
+
+
+class Wants:
+    """One step for each ticket, in the order they came; copies that nobody leases yet come last."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._m = machine
+        self._num_blocked = 0
+
+    def step_all(self) -> None:
+        """Take every ticket one step further, until one waits for its gates to answer."""
+        self._num_blocked = 0
+        tickets = sorted(self._m.waiting, key=lambda t: (isinstance(self._m.waiting[t].want, WantCopy), abs(t)))
+        for ticket in tickets:
+            waiting = self._m.waiting.get(ticket)
+            if waiting is not None:
+                self._step(waiting)
+            if self._m.closing is not None:
+                return
+        self._reach_targets()
+
+    def _step(self, waiting: Waiting) -> None:
+        match waiting.want:
+            case WantLease(names, _):
+                self._step_up(waiting, names, self._m.books.top)
+            case WantCopy(name, tier):
+                top = self._m.books.top
+                self._step_up(waiting, (name,), top if tier is Tier.VRAM else tier)
+            case WantDown():
+                self._step_down(waiting, waiting.want)
+            case WantRoom():
+                self._step_room(waiting, waiting.want)
+            case WantBudget(tier, _):
+                self._step_budget(waiting, tier)
+            case WantGone(name, holder):
+                self._step_gone(waiting, name, holder)
+            case _:
+                assert_never(waiting.want)
+
+    # --- up -------------------------------------------------------------------------------------------------------
+
+    def _step_up(self, waiting: Waiting, names: tuple[str, ...], tier: Tier) -> None:
+        m = self._m
+        for name in names:
+            if name not in m.books.models or m.books.models[name].is_leaving:
+                m.refuse(waiting, UnknownModelError(name))
+                return
+        if m.poison is not None and tier is Tier.VRAM:
+            m.refuse(waiting, m.poison)
+        elif self._are_loaded(waiting, names):
+            if not self._is_there(names, tier):
+                self._bring_up(waiting, names, tier)
+            if waiting.ticket in m.waiting and m.closing is None and self._is_there(names, tier):
+                self._finish_up(waiting, names)
+
+    def _are_loaded(self, waiting: Waiting, names: tuple[str, ...]) -> bool:
+        m = self._m
+        models = [m.books.models[name] for name in names]
+        for model in models:
+            if model.loading is Loading.FAILED and m.now_s < model.retry_at_s and model.error is not None:
+                m.refuse(waiting, model.error)
+                return False
+            if model.loading in (Loading.UNLOADED, Loading.FAILED):
+                error = self._known_too_large(model)
+                if error is not None:
+                    m.refuse(waiting, error)
+                    return False
+        for model in models:
+            if model.loading in (Loading.UNLOADED, Loading.FAILED):
+                m.start_load(model)
+        waiting.why = "its first load"
+        return all(model.loading is Loading.LOADED for model in models)
+
+    def _known_too_large(self, model: Model) -> ModelTooLargeError | None:
+        size, name = model.spec.size_bytes, model.spec.name
+        if size is None:
+            return None
+        top = self._m.books.account(self._m.books.top).target_bytes
+        if size + model.spec.workspace_bytes > top:
+            return ModelTooLargeError(name, str(self._m.books.top), size + model.spec.workspace_bytes, top)
+        ram = self._m.books.ram.target_bytes
+        return ModelTooLargeError(name, "ram", size, ram) if size > ram else None
+
+    def loaded(self, model: Model, facts: LoadedFacts) -> None:
+        """Take the facts of a first load; a model that no budget could hold is dropped at once."""
+        m, name = self._m, model.spec.name
+        model.loading, model.failures, model.error = Loading.LOADED, 0, None
+        model.type_name = facts.type_name
+        model.limit = facts.concurrency if model.spec.concurrency is None else model.spec.concurrency
+        model.parts = tuple(part.part for part in facts.parts)
+        for part_facts in facts.parts:
+            part = m.books.parts.setdefault(part_facts.part, Part(part_facts, m.books.top))
+            part.models.append(name)
+            # A part that came up for one model is not usable for another before its workspace is charged.
+        m.touched[name] = None
+        error = self._too_large((name,))
+        if error is not None:
+            self._unload(model)
+            m.refuse_all(name, error)
+        else:
+            m.arm_idle(model)
+
+    def _unload(self, model: Model) -> None:
+        # Its bytes are still the loader's: forgetting it frees them. Its size is known now, so that the next request
+        # is refused before anything is read.
+        m, name = self._m, model.spec.name
+        known = sum(sum(m.books.parts[part].facts.ram_bytes) for part in model.parts)
+        spec = replace(model.spec, size_bytes=known)
+        m.forget(model)
+        m.books.models[name] = Model(spec, generation=model.generation)
+
+    def _too_large(self, names: Iterable[str]) -> ModelTooLargeError | None:
+        m = self._m
+        names = tuple(names)
+        parts = list(m.books.parts_of(names))
+        workspace = sum(m.books.models[name].spec.workspace_bytes for name in names)
+        label = " + ".join(names)
+        if m.books.top is Tier.VRAM:
+            vram = sum(part.vram_sums[-1] for part in parts)
+            if vram + workspace > m.books.vram.target_bytes:
+                return ModelTooLargeError(
+                    label, "vram", vram + workspace, m.books.vram.target_bytes, _detail(vram, workspace)
+                )
+            ram = max((part.ram_sums[-1] for part in parts), default=0)
+        else:
+            ram = sum(part.ram_sums[-1] for part in parts) + workspace
+        if ram > m.books.ram.target_bytes:
+            return ModelTooLargeError(label, "ram", ram, m.books.ram.target_bytes)
+        return None
+
+    def _is_there(self, names: tuple[str, ...], tier: Tier) -> bool:
+        m = self._m
+        if tier is not m.books.top:
+            return all(not part.is_cold and part.flight is None for part in m.books.parts_of(names))
+        return all(m.books.is_up(m.books.models[name]) and m.is_charged(m.books.models[name]) for name in names)
+
+    def _bring_up(self, waiting: Waiting, names: tuple[str, ...], tier: Tier) -> None:
+        """Plan for what nobody else brings up, then start every move whose room is free."""
+        if waiting.claims is None and not self._plan_up(waiting, names, tier):
+            return
+        m, mine = self._m, False
+        reason = Reason.PREFETCH if isinstance(waiting.want, WantCopy) else Reason.REQUEST
+        for part in m.books.parts_of(names):
+            if part.covered_by != waiting.ticket:
+                continue
+            mine = True
+            if part.flight is None:
+                m.flights.bring_up(part, waiting, tier, reason)
+        for name in names:
+            model = m.books.models[name]
+            if model.workspace_covered_by == waiting.ticket:
+                mine = True
+                if m.flights.charge_workspace(name, waiting):
+                    model.workspace_covered_by = 0
+                    m.touched[name] = None
+        waiting.why = "its move up"
+        if not mine:
+            # Everything planned has landed. What is still missing (a RAM budget that holds one part at a time) is
+            # planned next.
+            m.dissolve(waiting)
+
+    def _plan_up(self, waiting: Waiting, names: tuple[str, ...], tier: Tier) -> bool:
+        m = self._m
+        needs = self.needs_up(waiting, names, tier)
+        if needs is None:
+            waiting.why = "a move that another request has started"
+            return False
+        error = self._too_large(names)
+        if error is not None:
+            m.refuse(waiting, error)
+            return False
+        spare = [part.facts.part for part in m.books.parts_of(names)]
+        return self._plan(waiting, needs, spare, Reason.LRU)
+
+    def needs_up(self, waiting: Waiting, names: tuple[str, ...], tier: Tier) -> Room | None:
+        """The bytes that bringing `names` up takes beyond what others have planned; `None` if nothing."""
+        m = self._m
+        top = m.books.top
+        vram, rams = 0, []
+        for part in self._missing(names, tier):
+            if top is Tier.VRAM and tier is top:
+                vram += part.vram_sums[-1] - part.vram_sums[part.vram]
+            if part.is_cold:
+                rams.append(part.ram_sums[-1])
+        missing = bool(rams or vram) or any(True for _ in self._missing(names, tier))
+        workspace = 0
+        if tier is top:
+            for name in names:
+                model = m.books.models[name]
+                if not m.is_charged(model) and not model.workspace_covered_by:
+                    workspace += model.spec.workspace_bytes
+        if not missing and not workspace:
+            return None
+        if sum(rams) > m.books.ram.target_bytes:
+            rams = rams[:1]
+        ram = sum(rams)
+        return Room(vram + workspace, ram) if top is Tier.VRAM else Room(0, ram + workspace)
+
+    def _missing(self, names: tuple[str, ...], tier: Tier) -> Iterable[Part]:
+        for part in self._m.books.parts_of(names):
+            there = part.is_up if tier is self._m.books.top else not part.is_cold
+            if not there and part.flight is None and not part.covered_by:
+                yield part
+
+    def cover(self, waiting: Waiting) -> None:
+        """After a plan was committed: what it brings up is its own until it is there."""
+        want, m = waiting.want, self._m
+        match want:
+            case WantLease(names, _):
+                tier = m.books.top
+            case WantCopy(name, wanted):
+                names, tier = (name,), (m.books.top if wanted is Tier.VRAM else wanted)
+            case _:
+                return
+        ram = waiting.claims.ram if waiting.claims else 0
+        for part in self._missing(names, tier):
+            if part.is_cold:
+                if part.ram_sums[-1] > ram:
+                    continue
+                ram -= part.ram_sums[-1]
+            part.covered_by = waiting.ticket
+        if tier is m.books.top:
+            for name in names:
+                model = m.books.models[name]
+                if not m.is_charged(model) and not model.workspace_covered_by:
+                    model.workspace_covered_by = waiting.ticket
+
+    def _finish_up(self, waiting: Waiting, names: tuple[str, ...]) -> None:
+        m = self._m
+        if not isinstance(waiting.want, WantLease):
+            m.finish(waiting, Done(waiting.ticket, waiting.freed.vram, waiting.freed.ram))
+            return
+        for name in names:
+            model, gate = m.books.models[name], m.gates[name]
+            if waiting.want.holder is not None and waiting.want.holder in gate.holders():
+                continue  # A second lease for whoever is inside already: making it wait would be waiting for itself.
+            if m.bars.get(name, waiting.ticket) != waiting.ticket:
+                self._block(waiting, (), f"{name!r}, which is promised to a request that came earlier")
+                return
+            if model.limit and gate.num_leases >= model.limit:
+                self.wait_for_leases(waiting, (name,))
+                return
+        m.finish(waiting, Grant(waiting.ticket, names))
+        for name in names:
+            m.touched[name] = None
+            for other in m.waiting.values():
+                if other.ticket < waiting.ticket and name in other.blocked_on:
+                    other.overtaken += 1
+
+    def is_queued_for(self, name: str) -> bool:
+        """Somebody waits for a lease of this model."""
+        return any(isinstance(w.want, WantLease) and name in w.want.names for w in self._m.waiting.values())
+
+    # --- plans ----------------------------------------------------------------------------------------------------
+
+    def _plan(self, waiting: Waiting, needs: Room, spare: Iterable[str], reason: Reason) -> bool:
+        """Plan and commit; False if the ticket waits or was refused."""
+        m, spare = self._m, tuple(spare)
+        if self._is_behind_a_barrier(waiting) or self._num_blocked >= MAX_BLOCKED_PLANS:
+            self._block(waiting, waiting.blocked_on, "room that is promised to a request that came earlier")
+            return False
+        result = m.planner.plan(needs, m.may_take(waiting), spare)
+        if isinstance(result, Plan):
+            return m.carry_out(waiting, result, reason)
+        never = m.planner.could_ever_fit(needs, spare)
+        self._no_plan(waiting, never or result)
+        return False
+
+    def _no_plan(self, waiting: Waiting, refusal: Refusal) -> None:
+        m = self._m
+        leased = self._leased(waiting)
+        gives_up = isinstance(waiting.want, WantCopy) and bool(leased)
+        if refusal.cause is Cause.HELD or not m.budgets.wait_when_full or gives_up:
+            m.refuse(waiting, self._exhausted(waiting, refusal, leased))
+            return
+        self.wait_for_leases(waiting, leased)
+
+    def _exhausted(self, waiting: Waiting, refusal: Refusal, leased: tuple[str, ...]) -> BudgetExhaustedError:
+        return BudgetExhaustedError(
+            waiting.label, str(refusal.tier), refusal.needed_bytes, refusal.free_bytes, leased, refusal.reason
+        )
+
+    def _leased(self, waiting: Waiting) -> tuple[str, ...]:
+        names: dict[str, None] = {}
+        for part in self._m.books.resident:
+            for name in self._m.books.parts[part].models:
+                if self._m.gates[name].num_leases:
+                    names[name] = None
+        return tuple(names)
+
+    def wait_for_leases(self, waiting: Waiting, names: Iterable[str]) -> None:
+        """Wait until one of these models loses a lease; refuse whoever would wait for himself."""
+        names = tuple(names)
+        held = ", ".join(repr(name) for name in names)
+        self._block(waiting, names, f"a lease on {held} to be returned" if names else "moves in flight")
+        if waiting.overtaken >= MAX_OVERTAKEN:
+            for name in names:
+                self._m.bars.setdefault(name, waiting.ticket)
+        stuck = deadlocked(self._m, self)
+        if stuck is not None:
+            victim, cycle = stuck
+            self._m.refuse(victim, LeaseCycleError(victim.label, cycle))
+
+    def _block(self, waiting: Waiting, names: tuple[str, ...], why: str) -> None:
+        self._num_blocked += 1
+        self._m.touched.update(dict.fromkeys(waiting.blocked_on))
+        self._m.touched.update(dict.fromkeys(names))
+        waiting.blocked_on, waiting.why = names, why
+
+    def _is_behind_a_barrier(self, waiting: Waiting) -> bool:
+        return any(
+            other.ticket < waiting.ticket and other.overtaken >= MAX_OVERTAKEN and other.claims is None
+            for other in self._m.waiting.values()
+            if isinstance(other.want, WantLease) and other.blocked_on
+        )
+
+    def note_overtaking(self, waiting: Waiting, plan: Plan) -> None:
+        """Room went to a ticket although an earlier one waits for room."""
+        if plan.needs:
+            for other in self._m.waiting.values():
+                if 0 < other.ticket < waiting.ticket and other.blocked_on and isinstance(other.want, WantLease):
+                    other.overtaken += 1
+
+    def giving_failed(self, ticket: int, part: Part, error: Exception | None) -> None:
+        """A victim of this ticket's plan stayed where it was: what was claimed is given back, to plan again."""
+        waiting = self._m.waiting.get(ticket)
+        if waiting is None:
+            return
+        self._m.dissolve(waiting)
+        waiting.planned = False
+        if isinstance(waiting.want, WantDown) and error is not None:
+            self._m.refuse(waiting, error)
+
+    def give_up_extra(self, flight: Flight) -> None:
+        """After the device refused a promotion: let go of as many bytes again, as far as anybody idle has them."""
+        m = self._m
+        waiting = m.waiting.get(flight.ticket)
+        if waiting is None:
+            return
+        m.dissolve(waiting)
+        result = m.planner.plan(
+            Room(vram=min(2 * flight.needs.vram, m.books.vram.target_bytes)),
+            m.may_take(waiting),
+            (flight.move.part,),
+        )
+        if isinstance(result, Plan):
+            m.carry_out(waiting, Plan(Room(), result.givings, result.workspaces, result.gates), Reason.PRESSURE)
+            m.dissolve(waiting)
+
+    # --- down -----------------------------------------------------------------------------------------------------
+
+    def _step_down(self, waiting: Waiting, want: WantDown) -> None:
+        m = self._m
+        model = m.books.models.get(want.name)
+        if model is None or model.is_leaving:
+            m.refuse(waiting, UnknownModelError(want.name))
+            return
+        if want.reason is Reason.EXPLICIT and _forbids(model.spec.pin, want.tier):
+            m.refuse(waiting, LeaseError(f"{want.name!r} is pinned to {model.spec.pin}; unpin it first"))
+            return
+        parts = [m.books.parts[part] for part in model.parts]
+        if waiting.planned or model.loading is not Loading.LOADED or all(_is_down(p, want.tier) for p in parts):
+            if not any(part.flight is not None for part in parts):
+                m.finish(waiting, Done(waiting.ticket, waiting.freed.vram, waiting.freed.ram))
+            return
+        if any(part.flight is not None or part.covered_by for part in parts):
+            waiting.why = "a move in flight"
+            return
+        if not self._are_idle(waiting, parts, want.holder):
+            return
+        parts = [part for part in parts if not _is_down(part, want.tier)]
+        result = m.planner.plan_down(parts, want.tier, m.may_take(waiting))
+        if isinstance(result, Refusal):
+            if want.reason is Reason.EXPLICIT:
+                self._no_plan(waiting, result)
+            else:
+                m.finish(waiting, Done(waiting.ticket))
+            return
+        m.carry_out(waiting, result, want.reason)
+
+    def _are_idle(self, waiting: Waiting, parts: list[Part], holder: object) -> bool:
+        """Whether no model of these parts is leased; else new leases are kept away until none is."""
+        m = self._m
+        names = {name: None for part in parts for name in part.models}
+        busy = tuple(name for name in names if m.gates[name].num_leases)
+        if not busy:
+            return True
+        if isinstance(waiting.want, WantDown) and waiting.want.reason is Reason.IDLE:
+            m.finish(waiting, Done(waiting.ticket))
+            return False
+        if holder is not None and any(holder in m.gates[name].holders() for name in busy):
+            held = ", ".join(repr(name) for name in busy)
+            m.refuse(waiting, LeaseCycleError(waiting.label, (f"the caller itself holds a lease on {held}",)))
+            return False
+        for name in names:
+            m.bars.setdefault(name, waiting.ticket)
+        self._block(waiting, busy, f"the leases on {', '.join(repr(name) for name in busy)} to be returned")
+        return False
+
+    def _step_room(self, waiting: Waiting, want: WantRoom) -> None:
+        m = self._m
+        account = m.books.account(want.tier)
+        needs = Room(**{want.tier.value: want.size_bytes})
+        if waiting.claims is None:
+            if want.size_bytes > account.target_bytes:
+                tier = str(want.tier)
+                m.refuse(waiting, ModelTooLargeError("room", tier, want.size_bytes, account.target_bytes))
+                return
+            reason = Reason.PRESSURE if want.hold else Reason.EXPLICIT
+            if not self._plan(waiting, needs, (), reason):
+                return
+        if account.free_bytes < want.size_bytes:
+            waiting.why = "moves in flight"
+            return
+        if want.hold:
+            account.reserve(want.size_bytes)
+            waiting.claims = Room()
+            m.held[waiting.ticket] = want
+        m.finish(waiting, Done(waiting.ticket, waiting.freed.vram, waiting.freed.ram))
+
+    def _step_budget(self, waiting: Waiting, tier: Tier) -> None:
+        m = self._m
+        if m.books.account(tier).deficit_bytes <= 0:
+            m.finish(waiting, Done(waiting.ticket, waiting.freed.vram, waiting.freed.ram))
+        elif waiting.claims is None:
+            result = m.planner.plan(Room(), m.may_take(waiting))
+            if isinstance(result, Plan):
+                m.carry_out(waiting, result, Reason.PRESSURE)
+            elif m.flights.is_idle:
+                # Leases or pins hold the rest. It is given up when they are returned, see `_reach_targets`.
+                m.finish(waiting, Done(waiting.ticket, waiting.freed.vram, waiting.freed.ram))
+
+    def _reach_targets(self) -> None:
+        """Give up what a lowered budget no longer covers, as soon as leases allow; nobody waits for it."""
+        m = self._m
+        for tier in (Tier.VRAM, Tier.RAM):
+            if m.books.account(tier).available_bytes >= 0 or m.closing is not None:
+                continue
+            if not any(isinstance(w.want, WantBudget) and w.want.tier is tier for w in m.waiting.values()):
+                m.ask_for_target(tier)
+
+    def _step_gone(self, waiting: Waiting, name: str, holder: object) -> None:
+        m = self._m
+        model = m.books.models.get(name)
+        if model is None:
+            m.finish(waiting, Done(waiting.ticket))
+            return
+        parts = [m.books.parts[part] for part in model.parts]
+        if model.loading is Loading.LOADING or any(part.flight is not None for part in parts):
+            waiting.why = "a load or move in flight"
+            return
+        if any(part.covered_by in m.waiting for part in parts if part.covered_by):
+            waiting.why = "a move that another request has started"
+            return
+        if m.gates[name].num_leases:
+            self._block(waiting, (name,), f"the leases on {name!r} to be returned")
+            return
+        own = [part for part in parts if part.models == [name] and not part.is_cold]
+        if own and not waiting.planned:
+            givings = tuple(
+                Giving(part.facts.part, Residency(0, part.n), Room(), part.room(part.residency)) for part in own
+            )
+            gates = (name,) if model.gate_is_open else ()
+            m.carry_out(waiting, Plan(Room(), givings, (name,), gates), Reason.EXPLICIT, check=False)
+            return
+        m.forget(model)
+        m.finish(waiting, Done(waiting.ticket, waiting.freed.vram, waiting.freed.ram))
+
+
+def _detail(weights: int, workspace: int) -> str:
+    return f"weights {format_bytes(weights)} + workspace {format_bytes(workspace)}" if workspace else ""
+
+
+def _forbids(pin: Tier | None, tier: Tier) -> bool:
+    return pin is Tier.VRAM or (pin is Tier.RAM and tier is Tier.DISK)
+
+
+def _is_down(part: Part, tier: Tier) -> bool:
+    return part.is_cold or (tier is Tier.RAM and part.vram == 0)
