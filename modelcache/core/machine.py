@@ -21,6 +21,7 @@ from modelcache.core.messages import (
     Forget,
     GateBusy,
     GateClosed,
+    Grant,
     Instruction,
     LeaseReturned,
     Left,
@@ -124,6 +125,8 @@ class Machine:
         self.loading_names: dict[str, None] = {}
         self.changed = False
         self.now_s = 0.0
+        #: Leases ordered by the present call; their gates know of them once the orders are carried out.
+        self._granted: dict[str, int] = {}
         self._next_own_ticket = -1
         self._out: list[Instruction] = []
         self._idle_models: dict[str, None] = {}
@@ -137,6 +140,7 @@ class Machine:
         After `CloseGate`, the answer for each such gate is the next event; nothing else may come in between.
         """
         self.now_s = now_s
+        self._granted.clear()
         self._take(event)
         if self.closing is None:
             self._advance()
@@ -307,7 +311,7 @@ class Machine:
         def may(name: str) -> bool:
             if name in promised or self.bars.get(name, waiting.ticket) != waiting.ticket:
                 return False
-            return self.gates[name].num_leases == 0
+            return self.num_leases(name) == 0
 
         return may
 
@@ -357,6 +361,17 @@ class Machine:
             self.changed = False
             self.flights.launch()
             self._wants.step_all()
+
+    def num_leases(self, name: str) -> int:
+        """Leases open or ordered on a model."""
+        return self.gates[name].num_leases + self._granted.get(name, 0)
+
+    def grant(self, waiting: Waiting, names: tuple[str, ...]) -> None:
+        """Answer a ticket with its leases."""
+        self.finish(waiting, Grant(waiting.ticket, names))
+        for name in names:
+            self._granted[name] = self._granted.get(name, 0) + 1
+            self.touched[name] = None
 
     def _lease_returned(self, name: str) -> None:
         self.touched[name] = None
@@ -498,7 +513,7 @@ class Machine:
             if model is None or model.spec.idle_s is None or model.loading is not Loading.LOADED:
                 continue
             gate = self.gates[name]
-            if gate.tick != model.idle_tick or gate.num_leases:
+            if gate.tick != model.idle_tick or self.num_leases(name):
                 model.idle_tick, model.idle_since_s = gate.tick, self.now_s
             elif self.now_s - model.idle_since_s >= model.spec.idle_s and self._is_parkable(model):
                 down = Tier.RAM if self.books.top is Tier.VRAM else Tier.DISK
@@ -545,6 +560,28 @@ class Machine:
         self.touched.pop(name, None)
         self.bars.pop(name, None)
         self.emit(Forget(name))
+
+    # --- copies, for whoever explores what could happen ----------------------------------------------------------------
+
+    def copy(self, gates: Mapping[str, GateReading]) -> Machine:
+        """A machine of its own in the same state, reading `gates`. Not while gates are being closed by `handle`."""
+        twin = Machine(self.budgets, gates, self.policy)
+        books = twin.books
+        books.vram, books.ram, books.disk = self.books.vram.copy(), self.books.ram.copy(), self.books.disk.copy()
+        books.parts = {name: part.copy() for name, part in self.books.parts.items()}
+        books.models = {name: model.copy() for name, model in self.books.models.items()}
+        books.resident = dict(self.books.resident)
+        twin.flights.pending = dict(self.flights.pending)
+        twin.flights.num_started = self.flights.num_started
+        twin.waiting = {ticket: waiting.copy() for ticket, waiting in self.waiting.items()}
+        twin.held, twin.bars, twin.touched = dict(self.held), dict(self.bars), dict(self.touched)
+        if self.closing is not None:
+            twin.closing = replace(self.closing, pending=set(self.closing.pending))
+        twin.poison, twin.is_closed = self.poison, self.is_closed
+        twin.loading_unsized, twin.loading_names = self.loading_unsized, dict(self.loading_names)
+        twin.now_s, twin._next_own_ticket = self.now_s, self._next_own_ticket
+        twin._idle_models = dict(self._idle_models)
+        return twin
 
     # --- checks -------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ from modelcache.core.cycles import deadlocked
 from modelcache.core.ledger import Room
 from modelcache.core.messages import (
     Done,
-    Grant,
     WantBudget,
     WantCopy,
     WantDown,
@@ -277,12 +276,11 @@ class Wants:
             if m.bars.get(name, waiting.ticket) != waiting.ticket:
                 self._block(waiting, (), f"{name!r}, which is promised to a request that came earlier")
                 return
-            if model.limit and gate.num_leases >= model.limit:
+            if model.limit and m.num_leases(name) >= model.limit:
                 self.wait_for_leases(waiting, (name,))
                 return
-        m.finish(waiting, Grant(waiting.ticket, names))
+        m.grant(waiting, names)
         for name in names:
-            m.touched[name] = None
             for other in m.waiting.values():
                 if other.ticket < waiting.ticket and name in other.blocked_on:
                     other.overtaken += 1
@@ -324,7 +322,7 @@ class Wants:
         names: dict[str, None] = {}
         for part in self._m.books.resident:
             for name in self._m.books.parts[part].models:
-                if self._m.gates[name].num_leases:
+                if self._m.num_leases(name):
                     names[name] = None
         return tuple(names)
 
@@ -422,7 +420,7 @@ class Wants:
         """Whether no model of these parts is leased; else new leases are kept away until none is."""
         m = self._m
         names = {name: None for part in parts for name in part.models}
-        busy = tuple(name for name in names if m.gates[name].num_leases)
+        busy = tuple(name for name in names if m.num_leases(name))
         if not busy:
             return True
         if isinstance(waiting.want, WantDown) and waiting.want.reason is Reason.IDLE:
@@ -492,7 +490,7 @@ class Wants:
         if any(part.covered_by in m.waiting for part in parts if part.covered_by):
             waiting.why = "a move that another request has started"
             return
-        if m.gates[name].num_leases:
+        if m.num_leases(name):
             self._block(waiting, (name,), f"the leases on {name!r} to be returned")
             return
         own = [part for part in parts if part.models == [name] and not part.is_cold]
