@@ -561,7 +561,7 @@ class Machine:
         self.bars.pop(name, None)
         self.emit(Forget(name))
 
-    # --- copies, for whoever explores what could happen ----------------------------------------------------------------
+    # --- copies, for whoever explores what could happen ----------------------------------------------------------
 
     def copy(self, gates: Mapping[str, GateReading]) -> Machine:
         """A machine of its own in the same state, reading `gates`. Not while gates are being closed by `handle`."""

@@ -167,9 +167,11 @@ class Planner:
         fixed = {Tier.VRAM: 0, Tier.RAM: 0}
         for name in self._books.resident:
             part = self._books.parts[name]
-            if name in spared:
-                continue
             held = part.room(part.residency)
+            if name in spared:
+                fixed[Tier.VRAM] += held.vram
+                fixed[Tier.RAM] += held.ram
+                continue
             if self._books.top is Tier.VRAM and not self.may_leave_vram(part):
                 fixed[Tier.VRAM] += held.vram
             if not self.may_leave_whole(part) or not (part.rereadable or self.may_spill(part)):

@@ -187,15 +187,17 @@ class Wants:
                 m.flights.bring_up(part, waiting, tier, reason)
         for name in names:
             model = m.books.models[name]
-            if model.workspace_covered_by == waiting.ticket:
+            if model.workspace_covered_by != waiting.ticket:
+                continue
+            if m.flights.charge_workspace(name, waiting):
+                model.workspace_covered_by = 0
+                m.touched[name] = None
+            else:
                 mine = True
-                if m.flights.charge_workspace(name, waiting):
-                    model.workspace_covered_by = 0
-                    m.touched[name] = None
         waiting.why = "its move up"
         if not mine:
-            # Everything planned has landed. What is still missing (a RAM budget that holds one part at a time) is
-            # planned next.
+            # Everything planned has landed. What is still missing (a RAM budget that holds one part at a time, or a
+            # part that was moving when the plan was made) is planned next.
             m.dissolve(waiting)
 
     def _plan_up(self, waiting: Waiting, names: tuple[str, ...], tier: Tier) -> bool:
@@ -460,13 +462,16 @@ class Wants:
         m = self._m
         if m.books.account(tier).deficit_bytes <= 0:
             m.finish(waiting, Done(waiting.ticket, waiting.freed.vram, waiting.freed.ram))
-        elif waiting.claims is None:
-            result = m.planner.plan(Room(), m.may_take(waiting))
-            if isinstance(result, Plan):
-                m.carry_out(waiting, result, Reason.PRESSURE)
-            elif m.flights.is_idle:
-                # Leases or pins hold the rest. It is given up when they are returned, see `_reach_targets`.
-                m.finish(waiting, Done(waiting.ticket, waiting.freed.vram, waiting.freed.ram))
+            return
+        parts = m.books.parts.values()
+        if any(part.flight is not None and part.flight.ticket == waiting.ticket for part in parts):
+            return
+        result = m.planner.plan(Room(), m.may_take(waiting))
+        if isinstance(result, Plan) and (result.givings or result.workspaces):
+            m.carry_out(waiting, result, Reason.PRESSURE)
+        elif m.flights.is_idle:
+            # Leases or pins hold the rest. It is given up when they are returned, see `_reach_targets`.
+            m.finish(waiting, Done(waiting.ticket, waiting.freed.vram, waiting.freed.ram))
 
     def _reach_targets(self) -> None:
         """Give up what a lowered budget no longer covers, as soon as leases allow; nobody waits for it."""
