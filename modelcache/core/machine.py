@@ -413,9 +413,9 @@ class Machine:
 
     # --- loads and moves ------------------------------------------------------------------------------------------
 
-    def start_load(self, model: Model) -> None:
-        """Start a first load; one at a time among those of unknown size."""
-        if model.spec.size_bytes is None:
+    def start_load(self, model: Model, *, is_nested: bool) -> None:
+        """Start a first load; one at a time among those of unknown size, unless a running load asks for it."""
+        if model.spec.size_bytes is None and not is_nested:
             if self.loading_unsized is not None:
                 return
             self.loading_unsized = model.spec.name

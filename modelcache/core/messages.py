@@ -16,10 +16,14 @@ from modelcache.tier import Tier
 
 @dataclass(frozen=True, slots=True)
 class WantLease:
-    """Leases on all of `names` at once. `holder` says who asks, so that nobody waits for itself."""
+    """Leases on all of `names` at once.
+
+    `holder` says who asks, so that nobody waits for itself; `inside` names the model whose loader asks, if one does.
+    """
 
     names: tuple[str, ...]
     holder: object
+    inside: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,11 +104,31 @@ class Wants:
                 if error is not None:
                     m.refuse(waiting, error)
                     return False
+        inside = waiting.want.inside if isinstance(waiting.want, WantLease) else None
+        if inside is not None and self._waits_for_loader(names, inside, set()):
+            cycle = f"the loader of {inside!r} waits for {waiting.label}, whose loader waits for {inside!r}"
+            m.refuse(waiting, LeaseCycleError(waiting.label, (cycle,)))
+            return False
         for model in models:
             if model.loading in (Loading.UNLOADED, Loading.FAILED):
-                m.start_load(model)
+                m.start_load(model, is_nested=inside is not None)
         waiting.why = "its first load"
         return all(model.loading is Loading.LOADED for model in models)
+
+    def _waits_for_loader(self, names: Iterable[str], inside: str, seen: set[str]) -> bool:
+        """Whether bringing `names` up needs the loader of `inside` to end."""
+        m = self._m
+        for name in names:
+            if name == inside:
+                return True
+            if name in seen or name not in m.loading_names:
+                continue
+            seen.add(name)
+            for other in m.waiting.values():
+                is_nested = isinstance(other.want, WantLease) and other.want.inside == name
+                if is_nested and self._waits_for_loader(other.names, inside, seen):
+                    return True
+        return False
 
     def _known_too_large(self, model: Model) -> ModelTooLargeError | None:
         size, name = model.spec.size_bytes, model.spec.name

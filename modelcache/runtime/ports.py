@@ -7,10 +7,12 @@ seed can replay one schedule.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from modelcache.move import KeptWritten, LoadedFacts, Move, Moved
 from modelcache.spec import ModelSpec
+
+T = TypeVar("T")
 
 
 class Clock(Protocol):
@@ -43,11 +45,21 @@ class Worker(Protocol):
     def is_alive(self) -> bool: ...
 
 
+class Mailbox(Protocol[T]):
+    """A queue of one reader. `put` never blocks and may be called from anywhere, finalizers included."""
+
+    def put(self, item: T) -> None: ...
+
+    def get(self, until_s: float | None) -> T | None:
+        """The next item; `None` once the clock it was made with reaches `until_s` (never, for `None`)."""
+
+
 class Pool(Protocol):
     """Where threads and their primitives come from."""
 
     def lock(self) -> Lock: ...
     def event(self) -> Event: ...
+    def mailbox(self, clock: Clock) -> Mailbox[Any]: ...
     def spawn(self, name: str, run: Callable[[], None]) -> Worker: ...
 
 

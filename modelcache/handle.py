@@ -1,0 +1,267 @@
+"""ModelHandle: what `ModelCache.get` returns, a transparent proxy that holds a lease while the model is used.
+
+Covers calls, methods, ``with`` blocks and what is refused. Results that keep the lease are in `carrying`, where tensors
+go and may not go in `placement`. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from threading import get_ident
+from types import MethodType, TracebackType
+from typing import Any, NoReturn, Protocol, TypeVar
+
+import wrapt
+
+from modelcache.carrying import settle
+from modelcache.errors import ModelCacheError
+from modelcache.lease import FirstUseLease, Lease, current_holder, running_loop
+from modelcache.placement import PLACERS, check_placement, move_inputs
+
+T = TypeVar("T")
+
+#: Methods that read or describe a model wherever its bytes are: they take no lease and move nothing.
+LEASELESS = (  # noqa: SIM905 (one name a line would be fifty lines of no news)
+    "parameters named_parameters buffers named_buffers children named_children modules named_modules state_dict eval "
+    "train requires_grad_ zero_grad extra_repr get_submodule get_parameter get_buffer get_extra_state add_module "
+    "register_module register_buffer register_parameter register_forward_hook register_forward_pre_hook "
+    "register_full_backward_hook register_full_backward_pre_hook register_backward_hook register_state_dict_pre_hook "
+    "register_state_dict_post_hook register_load_state_dict_pre_hook register_load_state_dict_post_hook set_submodule "
+    "compile num_parameters get_memory_footprint can_generate get_input_embeddings get_output_embeddings "
+    "gradient_checkpointing_enable gradient_checkpointing_disable get_sentence_embedding_dimension "
+    "get_embedding_dimension get_max_seq_length set_progress_bar_config print_trainable_parameters "
+    "get_nb_trainable_parameters"
+).split()
+#: Methods whose tensor arguments are weights, read from where they are.
+TAKES_WEIGHTS = ("load_state_dict", "set_extra_state", "load_adapter", "load_lora_weights")
+
+
+class Door(Protocol):
+    """What a handle asks of the cache it came from."""
+
+    def acquire(self, name: str) -> Lease:
+        """A lease on the usable model; blocks until it is had. A hit must be cheap: every call comes through here."""
+
+    def object_of(self, name: str) -> object:
+        """The object the loader built; the same one for the whole life of the registration."""
+
+    def execution_device(self, name: str) -> object:
+        """The `torch.device` that calls run on, whether the weights are there now or not."""
+
+    def state_of(self, name: str) -> str:
+        """Where the best copy is and what it takes there, such as ``"vram 22.1 GiB"``. Never a use."""
+
+    def is_ready(self, name: str) -> bool:
+        """A lease would be had at once."""
+
+
+class ModelHandle(wrapt.ObjectProxy):  # type: ignore[misc]
+    """A cached model: it behaves as the object its loader built, and holds a lease whenever that is used.
+
+    A call, or a call of a public method, holds one lease for its whole length; an iterator or awaitable that it returns
+    keeps the lease until it is exhausted or closed. ``with handle as model:`` yields the raw object under one lease.
+    Reading attributes takes no lease and moves nothing. Any number of threads may use one handle at once.
+
+    Args:
+        name: The registered name.
+        door: The cache.
+        first: A lease that keeps the model in place until its first use, or `None`.
+    """
+
+    def __init__(self, name: str, door: Door, first: FirstUseLease | None = None) -> None:
+        super().__init__(door.object_of(name))
+        self._self_name = name
+        self._self_door = door
+        self._self_first = first
+        self._self_has_warned = False
+        # Thread identity -> (lease, what the same thread entered before it, or None).
+        self._self_entered: dict[int, Any] = {}
+        _hide_from_compiler()
+
+    # --- use ----------------------------------------------------------------------------------------------------------
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Call the model under one lease."""
+        return _use(self, self.__wrapped__, args, kwargs)
+
+    def __enter__(self) -> Any:
+        lease = self._self_take_lease()
+        model, thread = lease.model, get_ident()
+        below = self._self_entered.get(thread)
+        # An interrupt before this store leaves the lease to its finalizer; there is none between it and the return.
+        self._self_entered[thread] = (lease, below)
+        return model
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        entered, thread = self._self_entered, get_ident()
+        if thread not in entered:
+            # Entered on one thread and left on another, as an ExitStack that was handed over does: any lease will do.
+            thread = next(iter(tuple(entered)), thread)
+        lease, below = entered[thread]
+        if below is None:
+            del entered[thread]
+        else:
+            entered[thread] = below
+        lease.close()
+
+    def _self_take_lease(self) -> Lease:
+        first = self._self_first
+        if first is not None:
+            self._self_first = None
+            lease = first.take_over(current_holder())
+            if lease is not None:
+                return lease
+        name, door = self._self_name, self._self_door
+        if running_loop() is not None and not self._self_has_warned and not door.is_ready(name):
+            self._self_has_warned = True
+            warnings.warn(
+                f"{name!r} is not ready, and this call blocks the running event loop until it is; "
+                f"use 'async with cache.aget({name!r}) as model:'",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return door.acquire(name)
+
+    # --- attributes ---------------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "device":
+            return self._self_door.execution_device(self._self_name)
+        model = self.__wrapped__
+        value = getattr(model, name)
+        if value is model:
+            return self  # `base_model` of a model that is its own base, say: used raw, it would go without a lease.
+        if (name.startswith("_") and name != "_apply") or not _is_method(model, name, value):
+            return value
+        return _Method(value, self, _HOW.get(name, _use))
+
+    def __repr__(self) -> str:
+        try:
+            state = self._self_door.state_of(self._self_name)
+        except ModelCacheError as error:
+            state = str(
+                error
+            )  # A debugger shows handles of closed caches too; a repr that raises would hide the frame.
+        return f"<modelcache: {self._self_name} {type(self.__wrapped__).__name__} {state}>"
+
+    # --- refused ------------------------------------------------------------------------------------------------------
+
+    def __copy__(self) -> NoReturn:
+        self._self_refuse("copied")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        self._self_refuse("copied")
+
+    def __reduce__(self) -> NoReturn:
+        self._self_refuse("pickled")
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        self._self_refuse("pickled")
+
+    def _self_refuse(self, what: str) -> NoReturn:
+        name = self._self_name
+        raise TypeError(
+            f"the handle of {name!r} cannot be {what}: it belongs to one cache, which owns the weights; pass the name "
+            f"{name!r} and call cache.get({name!r}) there, or take the raw object with modelcache.unwrap(handle)"
+        )
+
+
+def unwrap(model: T) -> T:
+    """The raw object behind a handle, without a lease; anything else as it is."""
+    if isinstance(model, ModelHandle):
+        raw: T = model.__wrapped__
+        return raw
+    return model
+
+
+class _Method(wrapt.ObjectProxy):  # type: ignore[misc]
+    """A method of the model as its handle gives it out: same name, signature and text, called the handle's way."""
+
+    def __init__(self, method: Any, handle: ModelHandle, how: Callable[..., Any]) -> None:
+        super().__init__(method)
+        self._self_handle = handle
+        self._self_how = how
+        _hide_from_compiler()
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        return self._self_how(self._self_handle, self.__wrapped__, args, kwargs)
+
+
+def _is_method(model: Any, name: str, value: Any) -> bool:
+    """Whether calling `value` runs the model: its own methods, also where an instance overrides one by a function.
+
+    Class and static methods do not; neither does a callable that is only kept as an attribute, such as a submodule.
+    """
+    if isinstance(value, MethodType):
+        return not isinstance(value.__self__, type)
+    if not callable(value) or isinstance(value, type):
+        return False
+    on_class = getattr(type(model), name, None)
+    return on_class is not value and callable(on_class)
+
+
+def _use(handle: ModelHandle, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    lease = handle._self_take_lease()
+    try:
+        if args or kwargs:
+            device = handle._self_door.execution_device(handle._self_name)
+            args, kwargs = move_inputs(args, kwargs, device)
+        result = target(*args, **kwargs)
+    except BaseException:
+        lease.close()
+        raise
+    return settle(handle, lease, result)
+
+
+def _use_weights(handle: ModelHandle, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _use(handle, partial(target, *args, **kwargs), (), {})
+
+
+def _read(handle: ModelHandle, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    result = target(*args, **kwargs)
+    return handle if result is handle.__wrapped__ else result
+
+
+def _place(verb: str, handle: ModelHandle, _target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    name = handle._self_name
+    device = handle._self_door.execution_device(name)
+    check_placement(name, handle.__wrapped__, device, verb, args=args, kwargs=kwargs)
+    return handle
+
+
+_HOW: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(LEASELESS, _read),
+    **dict.fromkeys(TAKES_WEIGHTS, _use_weights),
+    **{verb: partial(_place, verb) for verb in PLACERS},
+}
+
+
+def _hide_from_compiler() -> None:
+    """Let `torch.compile` see the model and not the lease, once there is a compiler; cheap until then and after.
+
+    Traced, each new lease would be a reason to recompile. Called where the compiler passes before it traces: it reads
+    `forward` of what it is given.
+    """
+    skip = getattr(sys.modules.get("torch._dynamo.decorators"), "skip", None)
+    if skip is None or hasattr(_use, "_torchdynamo_disable"):
+        return
+    for module_name, module in tuple(sys.modules.items()):
+        if module_name.startswith("modelcache.") and not module_name.startswith("modelcache.dataplane"):
+            for function in _functions_of(module, module_name):
+                skip(function)
+
+
+def _functions_of(owner: object, module_name: str) -> Iterator[Any]:
+    """Every function written in `owner`, a module or a class of it."""
+    for value in tuple(vars(owner).values()):
+        function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+        if inspect.isfunction(function) and function.__module__ == module_name:
+            yield function
+        elif isinstance(value, type) and value.__module__ == module_name:
+            yield from _functions_of(value, module_name)

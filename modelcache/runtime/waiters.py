@@ -1,0 +1,54 @@
+"""One ticket per caller: an answer that arrives exactly once, and a caller who may leave before it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from modelcache.runtime.ports import Event
+
+#: What a caller who leaves puts in the place of an answer.
+LEFT = object()
+
+
+class Waiter:
+    """Where one caller waits for one answer.
+
+    The answer is whatever is put in first: by the driver, or `LEFT` by a caller who goes. `dict.setdefault` is the one
+    atomic step that decides, so an answer is never lost and never given twice.
+
+    Args:
+        wake: Called once, on the driver's thread, when the answer is there.
+        asked_s: When, on the driver's clock.
+    """
+
+    __slots__ = ("_box", "_wake", "asked_s", "ticket")
+
+    def __init__(self, ticket: int, asked_s: float, wake: Callable[[], None]) -> None:
+        self.ticket = ticket
+        self.asked_s = asked_s
+        self._wake = wake
+        self._box: dict[str, Any] = {}
+
+    def offer(self, answer: object) -> bool:
+        """Give the answer; False if the caller has left or has one already."""
+        if self._box.setdefault("answer", answer) is not answer:
+            return False
+        self._wake()
+        return True
+
+    def leave(self) -> Any:
+        """Stop waiting: `LEFT`, or the answer that came first and is the caller's to deal with."""
+        return self._box.setdefault("answer", LEFT)
+
+    def result(self) -> Any:
+        """The answer, raised if it is an error. Call it after the wake-up."""
+        answer = self._box["answer"]
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+
+def blocking(ticket: int, asked_s: float, event: Event) -> Waiter:
+    """A waiter for a thread that waits on `event`."""
+    return Waiter(ticket, asked_s, event.set)
