@@ -295,6 +295,14 @@ class Machine:
         if room is not None:
             self.books.account(room.tier).cancel(room.size_bytes)
 
+    def needs_of(self, waiting: Waiting, loaded: tuple[str, ...], others: tuple[Model, ...]) -> Room:
+        """The bytes that bringing up takes now; models not loaded yet count with the size they were registered with."""
+        needs = self._wants.needs_up(waiting, loaded, self.books.top) or Room()
+        for model in others:
+            size, workspace = model.spec.size_bytes or 0, model.spec.workspace_bytes
+            needs += Room(size + workspace, size) if self.books.top is Tier.VRAM else Room(0, size + workspace)
+        return needs
+
     # --- gates and leases ---------------------------------------------------------------------------------------------
 
     def may_take(self, waiting: Waiting) -> Callable[[str], bool]:

@@ -1,0 +1,254 @@
+"""The hit path: from a name to a lease, without the lock where the gate is open.
+
+Covers leases of one model and of several, for threads and for tasks. What a lease is is in `lease`, who decides in
+`runtime`.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from asyncio import AbstractEventLoop, get_running_loop
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+from modelcache.core.messages import Want, WantLease
+from modelcache.errors import CacheClosedError, ForkedCacheError, UnknownModelError
+from modelcache.lease import FirstUseLease, Lease, Leases, current_holder
+from modelcache.runtime.driver import Driver
+from modelcache.runtime.gate import Gate
+
+L = TypeVar("L", bound=Lease)
+#: How long `get` keeps a model in place for its first use.
+FIRST_USE_S = 2.0
+
+
+class Entry:
+    """What the hit path knows of one model. `model` is set before its gate first opens."""
+
+    __slots__ = ("gate", "model", "name")
+
+    def __init__(self, name: str, gate: Gate) -> None:
+        self.name = name
+        self.gate = gate
+        self.model: Any = None
+
+
+class FrontDoor:
+    """Leases for the cache and for its handles; implements `handle.Door`.
+
+    Args:
+        driver: Asked when a gate is closed.
+        object_of: The object the loader built, by name.
+        execution_device: The device calls run on.
+        unknown: Makes the error about a name nobody registered.
+        describe: Where a model is, in words.
+        with_sites: Note where each lease is taken.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        object_of: Callable[[str], Any],
+        execution_device: Callable[[], object],
+        unknown: Callable[[str], UnknownModelError],
+        describe: Callable[[str], str],
+        *,
+        with_sites: bool = False,
+    ) -> None:
+        self.entries: dict[str, Entry] = {}
+        self._driver = driver
+        self._object_of = object_of
+        self._execution_device = execution_device
+        self._unknown = unknown
+        self._describe = describe
+        self._with_sites = with_sites
+        self._next_tick = driver.next_tick
+        self._on_return = driver.lease_returned
+        self.is_closed = False
+
+    # --- what handles ask -----------------------------------------------------------------------------------------
+
+    def acquire(self, name: str) -> Lease:
+        """A lease on the usable model; blocks until it is had."""
+        return self.lease(name, None)
+
+    def object_of(self, name: str) -> Any:
+        """The object the loader built."""
+        entry = self.entry(name)
+        return self._object_of(name) if entry.model is None else entry.model
+
+    def execution_device(self, name: str) -> object:
+        """The device that calls run on."""
+        del name
+        return self._execution_device()
+
+    def state_of(self, name: str) -> str:
+        """Where it is, in words."""
+        return self._describe(name)
+
+    def is_ready(self, name: str) -> bool:
+        """A lease would be had at once."""
+        entry = self.entries.get(name)
+        return entry is not None and not entry.gate.closed
+
+    # --- leases ---------------------------------------------------------------------------------------------------
+
+    def entry(self, name: str) -> Entry:
+        """The entry of a registered model.
+
+        Raises:
+            UnknownModelError: It is not registered.
+            CacheClosedError: The cache was closed.
+        """
+        entry = self.entries.get(name)
+        if entry is None:
+            raise self.refusal() or self._unknown(name)
+        return entry
+
+    def refusal(self) -> CacheClosedError | None:
+        """Why nothing can be had any more, if so."""
+        if self._driver.is_forked:
+            return ForkedCacheError()
+        return CacheClosedError() if self.is_closed else None
+
+    def lease(self, name: str, timeout_s: float | None) -> Lease:
+        """A lease for the caller."""
+        holder = current_holder()
+        lease = self._enter(self.entry(name), Lease, holder)
+        if lease is None:
+            (lease,) = self._ask((name,), timeout_s, Lease, holder)
+        return lease
+
+    def first_use(self, name: str, timeout_s: float | None) -> FirstUseLease:
+        """A lease that ends by itself if nobody takes it over."""
+        lease = self._enter(self.entry(name), FirstUseLease, None)
+        if lease is None:
+            (lease,) = self._ask((name,), timeout_s, FirstUseLease, None)
+        self.limit_first_use(lease)
+        return lease
+
+    def limit_first_use(self, lease: FirstUseLease) -> None:
+        """Let it end after its time. The timer does not keep it alive: collected, it ends at once."""
+        self._driver.at_latest(FIRST_USE_S, partial(_close, weakref.ref(lease)))
+
+    def many(self, names: tuple[str, ...], timeout_s: float | None) -> Leases:
+        """Leases on several models, all or none; whoever waits for them holds none of them."""
+        holder = current_holder()
+        entered = self._enter_all(names, holder)
+        return Leases(entered or self._ask(names, timeout_s, Lease, holder))
+
+    def _enter_all(self, names: tuple[str, ...], holder: object) -> list[Lease] | None:
+        leases: list[Lease] = []
+        for name in names:
+            lease = self._enter(self.entry(name), Lease, holder)
+            if lease is None:
+                for taken in leases:
+                    taken.close()
+                return None
+            leases.append(lease)
+        return leases
+
+    def _enter(self, entry: Entry, kind: type[L], holder: object) -> L | None:
+        gate = entry.gate
+        tick = self._next_tick()
+        # The lease exists before the gate knows of it, so an interrupt in between loses nothing.
+        lease = kind(entry.name, gate, tick, self._on_return, entry.model, site=_site() if self._with_sites else None)
+        if gate.enter(tick, holder):
+            return lease
+        lease.close()
+        return None
+
+    def _ask(self, names: tuple[str, ...], timeout_s: float | None, kind: type[L], lend_to: object) -> tuple[L, ...]:
+        refusal = self.refusal()
+        if refusal is not None:
+            raise refusal
+        leases: tuple[L, ...] = self._driver.ask(
+            self._want(names), timeout_s, self._lender(kind), lend_to, wasted_ticks=len(names)
+        )
+        return leases
+
+    def _want(self, names: tuple[str, ...]) -> WantLease:
+        return WantLease(names, current_holder(), self._driver.is_loading_here(threading.get_ident()))
+
+    def _lender(self, kind: type[L]) -> Callable[[str, Gate, int], L]:
+        site = _site() if self._with_sites else None
+
+        def lend(name: str, gate: Gate, tick: int) -> L:
+            entry = self.entries.get(name)
+            model = self._object_of(name)
+            if entry is not None and entry.gate is gate:
+                entry.model = model
+            return kind(name, gate, tick, self._on_return, model, site=site)
+
+        return lend
+
+    # --- the same for tasks ---------------------------------------------------------------------------------------
+
+    async def alease(self, names: tuple[str, ...], timeout_s: float | None, kind: type[L]) -> tuple[L, ...]:
+        """Leases for the running task, which waits without blocking its loop."""
+        holder = None if kind is FirstUseLease else current_holder()
+        if len(names) == 1:
+            lease = self._enter(self.entry(names[0]), kind, holder)
+            if lease is not None:
+                return (lease,)
+        for name in names:
+            self.entry(name)
+        leases: tuple[L, ...] = await self.await_answer(
+            self._want(names), timeout_s, self._lender(kind), holder, wasted_ticks=len(names) == 1
+        )
+        return leases
+
+    async def await_answer(
+        self,
+        want: Want,
+        timeout_s: float | None,
+        lend: Callable[[str, Gate, int], Any] | None = None,
+        lend_to: object = None,
+        *,
+        wasted_ticks: int = 0,
+    ) -> Any:
+        """Want something and wait for it in a task; a task that is cancelled leaves and loses nothing."""
+        refusal = self.refusal()
+        if refusal is not None:
+            raise refusal
+        loop = get_running_loop()
+        woken = loop.create_future()
+        waiter = self._driver.waiter(partial(_wake, loop, woken))
+        try:
+            self._driver.post(want, waiter, timeout_s, lend, lend_to, wasted_ticks=wasted_ticks)
+            await woken
+        except BaseException:
+            self._driver.leave(waiter)
+            raise
+        return waiter.result()
+
+
+def _wake(loop: AbstractEventLoop, woken: Any) -> None:
+    """Wake a task from the driver's thread. A loop that is closed has nobody left to wake."""
+    try:
+        loop.call_soon_threadsafe(_set, woken)
+    except RuntimeError:
+        if not loop.is_closed():
+            raise
+
+
+def _set(woken: Any) -> None:
+    if not woken.done():
+        woken.set_result(None)
+
+
+def _close(lease: weakref.ref[FirstUseLease]) -> None:
+    target = lease()
+    if target is not None:
+        target.close()
+
+
+def _site() -> str:
+    """Where outside this package the present call was made."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("modelcache."):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
