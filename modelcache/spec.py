@@ -1,9 +1,12 @@
-"""What a model is and what it costs, before anything is loaded."""
+"""What a model is and what it costs, before anything is loaded; the rules for names and loaders."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import keyword
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from enum import Enum
 from types import MappingProxyType
 
@@ -88,3 +91,95 @@ class ModelSpec:
     concurrency: int | None = None
     reload: bool = False
     on_write: OnWrite = OnWrite.WRITEBACK
+
+
+_NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?", re.ASCII)
+# Names become file names; these open a device instead of a file on some systems, with any ending.
+_DEVICE_NAMES = frozenset({"con", "nul", "prn", "aux"} | {f"{port}{n}" for port in ("com", "lpt") for n in range(10)})
+
+
+def check_name(name: object) -> str:
+    """The name itself, if a model may be called so.
+
+    Raises:
+        TypeError: Not text.
+        ValueError: Not 1 to 64 of ``a-z 0-9 . _ -`` between a letter or digit and another, or a path, or a device.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"a model's name is text such as 'qwen-7b', got {type(name).__name__}")
+    if _NAME.fullmatch(name) is None or ".." in name:
+        shown = repr(name if len(name) <= 80 else name[:77] + "...")
+        lower = name.strip().lower().replace(" ", "-")
+        hint = f"; did you mean {lower!r}?" if _NAME.fullmatch(lower) and ".." not in lower else ""
+        raise ValueError(
+            f"{shown} is not a valid name{hint or ';'} use a-z, 0-9, '.', '_', '-', 1 to 64 characters, beginning and "
+            "ending with a letter or digit; paths go in 'path'"
+        )
+    if name.partition(".")[0] in _DEVICE_NAMES:
+        raise ValueError(f"{name!r} is the name of a device on some systems; add something to it, such as 'my-{name}'")
+    return name
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A clause that names the closest of `known`, or nothing: ``"; did you mean 'vram'?"``."""
+    matches = get_close_matches(word[:64].lower(), tuple(known), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderKind:
+    """A named loader: what it is told, beside what every model may be told. Nothing else is accepted.
+
+    Attributes:
+        options: Names of its options.
+        required: Those it cannot do without.
+    """
+
+    options: tuple[str, ...]
+    required: tuple[str, ...]
+
+
+LOADER_KINDS: Mapping[str, LoaderKind] = MappingProxyType(
+    {
+        "transformers": LoaderKind(options=("path", "dtype", "model", "task"), required=("path",)),
+        "sentence-transformers": LoaderKind(options=("path", "dtype"), required=("path",)),
+        "safetensors": LoaderKind(options=("model", "weights", "dtype"), required=("model", "weights")),
+    }
+)
+
+
+def is_entry(text: str) -> bool:
+    """Whether this is ``"package.module:name"``, the way to write a function or class of the operator's own."""
+    module, colon, attribute = text.partition(":")
+    words = [*module.split("."), *attribute.split(".")]
+    return bool(colon) and all(word.isidentifier() and not keyword.iskeyword(word) for word in words)
+
+
+def check_loader(text: str) -> str:
+    """The text itself, if it names a loader: a kind of `LOADER_KINDS`, or ``"package.module:function"``.
+
+    Raises:
+        ValueError: Neither; the message lists the kinds.
+    """
+    if text in LOADER_KINDS or is_entry(text):
+        return text
+    shown = text if len(text) <= 60 else text[:57] + "..."
+    kinds = ", ".join(LOADER_KINDS)
+    raise ValueError(
+        f"unknown loader {shown!r}{did_you_mean(text, LOADER_KINDS) or ';'} a loader is one of {kinds}, or your own "
+        'function, "package.module:function"'
+    )
+
+
+def option_problems(loader: str, given: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """What is wrong with the options given to a loader: (option, message) each, in order; empty when all is well."""
+    kind = LOADER_KINDS.get(loader, LoaderKind(options=(), required=()))
+    names = tuple(given)
+    takes = ", ".join(kind.options) or "no options; give them inside the function"
+    strange = [
+        (name, f"is no option of the loader {loader!r}{did_you_mean(name, kind.options) or ';'} it takes {takes}")
+        for name in names
+        if name not in kind.options
+    ]
+    missing = [(name, f"is missing; the loader {loader!r} needs it") for name in kind.required if name not in names]
+    return (*strange, *missing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 _SIZES = {"B": 1} | {
     prefix + suffix: base**power
@@ -10,9 +11,12 @@ _SIZES = {"B": 1} | {
     for power, prefix in enumerate(("K", "M", "G", "T"), start=1)
 }
 _DURATIONS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", re.ASCII)
-_PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%", re.ASCII)
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", re.ASCII)
+# The number of digits is bounded, so that no text becomes an infinity or a conversion that takes long.
+_NUMBER = r"(\d{1,20}(?:\.\d{1,20})?)"
+_SIZE = re.compile(_NUMBER + r"\s*([A-Za-z]*)", re.ASCII)
+_PERCENT = re.compile(_NUMBER + r"\s*%", re.ASCII)
+_DURATION = re.compile(_NUMBER + r"(ms|s|m|h|d)", re.ASCII)
+_SMALLEST_MODEL_BYTES = 1 << 20
 
 
 def parse_bytes(text: str) -> int:
@@ -22,20 +26,48 @@ def parse_bytes(text: str) -> int:
         ValueError: Not a size above 0 with a known unit; the message says what to write.
     """
     stripped = text.strip()
-    if stripped.startswith("-"):
-        raise ValueError(f"must be greater than 0, got {text}")
-    match = _SIZE.fullmatch(stripped)
+    match = _SIZE.fullmatch(stripped.removeprefix("-"))
     if match is None:
-        raise ValueError(f'cannot read {text!r}; write a size such as "18GiB" (1024-based) or "18GB" (1000-based)')
+        raise ValueError(
+            f'cannot read {_shown(text)}; write a size such as "18GiB" (1024-based) or "18GB" (1000-based)'
+        )
+    if stripped.startswith("-"):
+        raise ValueError(f"must be greater than 0, got {stripped}")
     number, unit = match.groups()
     if not unit:
-        raise ValueError(f'{number} bytes is smaller than any model; add a unit: "{number}GiB"')
+        raise ValueError(_no_unit(number))
     if unit not in _SIZES:
         raise ValueError(_unknown_unit(number, unit))
-    size_bytes = int(float(number) * _SIZES[unit]) if "." in number else int(number) * _SIZES[unit]
+    # Decimal, because a binary fraction makes "4.35GB" one byte less than it says.
+    size_bytes = int(Decimal(number) * _SIZES[unit])
     if size_bytes <= 0:
-        raise ValueError(f"must be greater than 0, got {text}")
+        raise ValueError(f"must be greater than 0, got {stripped}")
     return size_bytes
+
+
+def parse_rate(text: str) -> int:
+    """Read a link speed such as ``"8GB/s"``, in bytes per second, rounded down.
+
+    Raises:
+        ValueError: Not a speed above 0 with a known unit; the message says what to write.
+    """
+    size, slash, second = text.strip().partition("/")
+    if not slash or second.strip() != "s":
+        raise ValueError(f'cannot read {_shown(text)}; write a speed such as "8GB/s" or "25GiB/s"')
+    return parse_bytes(size.rstrip())
+
+
+def _shown(text: str) -> str:
+    """The text as a message may carry it: escaped, and no longer than a line."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def _no_unit(number: str) -> str:
+    if Decimal(number) == 0:
+        return f"must be greater than 0, got {number}"
+    if Decimal(number) < _SMALLEST_MODEL_BYTES:
+        return f'{number} bytes is smaller than any model; add a unit: "{number}GiB"'
+    return f'{number} has no unit; write "{number}B", or a size such as "16GiB"'
 
 
 def _unknown_unit(number: str, unit: str) -> str:
@@ -73,29 +105,33 @@ def parse_duration(text: str) -> float | None:
         return None
     pieces = _DURATION.findall(stripped)
     if not pieces or "".join(number + unit for number, unit in pieces) != stripped:
-        raise ValueError(f'cannot read {text!r}; write a duration such as "90s", "10m", "1m30s" or "never"')
+        raise ValueError(f'cannot read {_shown(text)}; write a duration such as "90s", "10m", "1m30s" or "never"')
     return sum(float(number) * _DURATIONS[unit] for number, unit in pieces)
 
 
 def format_bytes(size_bytes: int) -> str:
     """A size for people, in binary units: ``"22.1 GiB"``, ``"87 MiB"``."""
+    if abs(size_bytes) < 1024:
+        return f"{size_bytes} B"
     size = float(size_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024 or unit == "GiB":
-            break
+    for unit in ("KiB", "MiB", "GiB"):
         size /= 1024
-    if unit == "B":
-        return f"{int(size)} B"
-    return f"{size:.1f} {unit}" if size < 10 or unit == "GiB" else f"{size:.0f} {unit}"
+        number = f"{size:.1f}" if abs(size) < 10 or unit == "GiB" else f"{size:.0f}"
+        # What rounds up to 1024 of one unit is 1.0 of the next.
+        if abs(float(number)) < 1024:
+            break
+    return f"{number} {unit}"
 
 
 def format_seconds(seconds: float) -> str:
     """A duration for people: ``"0.92 s"``, ``"3 min 20 s"``, ``"2 h 5 min"``."""
+    if seconds == 0:
+        return "0 s"
     if seconds < 0.001:
         return f"{seconds * 1e6:.0f} us"
     if seconds < 0.1:
         return f"{seconds * 1e3:.1f} ms"
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

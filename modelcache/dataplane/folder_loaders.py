@@ -1,0 +1,261 @@
+"""The named loaders for model folders: ``transformers`` and ``sentence-transformers``.
+
+A folder is data from elsewhere. Only safetensors files are read, each header is checked before the library sees it, and
+nothing that the folder says runs code or reaches the network: the configuration files are searched for the keys that
+would, and the libraries are told so as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modelcache.dataplane.adapters import modules_of, named_tensors
+from modelcache.dataplane.matching import match_tensors
+from modelcache.dataplane.source import Built, Source
+from modelcache.dataplane.weights import JoinedSource, KeptSource, RebuildSource, SafetensorsSource
+from modelcache.errors import LoaderError, WeightsError
+from modelcache.headers import Header, listing, model_headers, read_json, weight_places
+from modelcache.spec import ModelSpec
+
+# Keys of model configurations that make libraries import or download code, and may come only from the caller.
+_CODE_KEYS = frozenset({"trust_remote_code", "custom_pipelines", "custom_pipeline"})
+# The underscored keys that libraries write into configurations. Any other is refused: several were ways to run code.
+_PLAIN_KEYS = frozenset(
+    {
+        "_name_or_path",
+        "_commit_hash",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_from_model_config",
+        "_sliding_window_pattern",
+        "_flash_attn_2_enabled",
+        "_class_name",
+        "_diffusers_version",
+        "_module_class",
+        "_type",
+    }
+)
+# Tables whose keys are the author's words.
+_LABELS = frozenset({"label2id", "id2label"})
+_MAX_DEPTH = 64
+# Tensors in no file are kept in memory up to this size, or this fraction of the model if that is more.
+_KEPT_BYTES = 1 << 20
+_KEPT_FRACTION = 0.01
+
+
+def load_transformers(spec: ModelSpec, options: Mapping[str, object]) -> Built:
+    """Load a transformers model, or with `task` a pipeline.
+
+    Options: `path`, a folder; `dtype`; `task`, such as ``text-generation``; `model`, a class of
+    transformers such as ``AutoModelForCausalLM``, by default the architecture that the folder's configuration names.
+
+    Raises:
+        LoaderError: An option is wrong, or transformers refused the folder.
+        WeightsError: The folder or its weights are missing, damaged, or would run code.
+    """
+    folder = _folder(spec, options)
+    headers = _checked_headers(spec, folder)
+    config = _checked_config(spec, folder / "config.json")
+    if options.get("task") is not None and options.get("model") is not None:
+        raise _error(spec, "has both a task and a model class; a task chooses the class, leave one of them out")
+    drawn: set[str] = set()
+
+    def load() -> object:
+        import transformers
+
+        common: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        if (dtype := dtype_option(spec, options)) is not None:
+            common["dtype"] = dtype
+        if (task := options.get("task")) is not None:
+            # The device is named because a pipeline would choose the first accelerator by itself.
+            return transformers.pipeline(
+                text_option(spec, "task", task),
+                model=str(folder),
+                device="cpu",
+                model_kwargs={"use_safetensors": True},
+                **common,
+            )
+        model_class = _model_class(spec, options, config)
+        model, info = model_class.from_pretrained(str(folder), output_loading_info=True, use_safetensors=True, **common)
+        drawn.update(info["missing_keys"])
+        return model.eval()
+
+    model = calling_library(spec, load)
+    return Built(model, _source(spec, model, headers, lambda: calling_library(spec, load), drawn))
+
+
+def load_sentence_transformers(spec: ModelSpec, options: Mapping[str, object]) -> Built:
+    """Load a sentence-transformers model. Options: `path`, a folder; `dtype`.
+
+    Raises:
+        LoaderError: An option is wrong, the package is missing, or it refused the folder.
+        WeightsError: The folder or its weights are missing, damaged, or would run code.
+    """
+    folder = _folder(spec, options)
+    headers = _checked_headers(spec, folder)
+    for path in sorted({*folder.glob("*.json"), *folder.glob("*/*.json")}):
+        if path.name in {"modules.json", "router_config.json", "config.json"} or path.name.startswith(
+            ("config_", "sent")
+        ):
+            _checked_config(spec, path)
+
+    def load() -> object:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise _error(spec, "needs the package sentence-transformers (pip install sentence-transformers)") from error
+        kwargs: dict[str, Any] = {"use_safetensors": True}
+        if (dtype := dtype_option(spec, options)) is not None:
+            kwargs["dtype"] = dtype
+        return SentenceTransformer(
+            str(folder), device="cpu", local_files_only=True, trust_remote_code=False, model_kwargs=kwargs
+        ).eval()
+
+    model = calling_library(spec, load)
+    return Built(model, _source(spec, model, headers, lambda: calling_library(spec, load), set()))
+
+
+def _source(
+    spec: ModelSpec, model: object, headers: tuple[Header, ...], rebuild: Callable[[], object], drawn: set[str]
+) -> Source | None:
+    """The cheapest way to read the model again: its files, else the loader.
+
+    `drawn` names what the library initialized because the folder does not have it: calling it again would draw other
+    numbers, so such tensors are kept, or the model has no source when they are large.
+    """
+    tensors = named_tensors(model)
+    match = match_tensors(tensors, headers)
+    total_bytes = sum(header.total_bytes for header in headers)
+    if match.missing_bytes <= max(_KEPT_BYTES, total_bytes * _KEPT_FRACTION):
+        sources: list[Source] = [SafetensorsSource(headers, match.where, model_name=spec.name)] if match.where else []
+        return JoinedSource([*sources, KeptSource(match.missing)]) if match.missing else sources[0]
+    if drawn:
+        return None
+    return RebuildSource(rebuild, frozenset(tensors), model_name=spec.name, loader=str(spec.loader))
+
+
+def calling_library(spec: ModelSpec, load: Callable[[], object]) -> object:
+    """Run a library's loading function; whatever it raises becomes a `LoaderError` with the cause.
+
+    Raises:
+        LoaderError: It raised, or returned something without modules.
+        WeightsError: As it is.
+    """
+    try:
+        model = load()
+        modules_of(model)
+    except (LoaderError, WeightsError):
+        raise
+    except Exception as error:  # libraries raise anything; the caller needs to know whose model it was
+        raise _error(spec, f"raised {type(error).__name__}: {_first_line(error)}") from error
+    return model
+
+
+def dtype_option(spec: ModelSpec, options: Mapping[str, object]) -> torch.dtype | None:
+    """The `dtype` option; `None` when it is not set or ``auto``.
+
+    Raises:
+        LoaderError: It names no floating-point dtype.
+    """
+    value = options.get("dtype")
+    if value is None or value == "auto":
+        return None
+    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise _error(spec, f"has the dtype {value!r}, which is not one of auto, float32, float16, bfloat16, float64")
+    return dtype
+
+
+def text_option(spec: ModelSpec, key: str, value: object) -> str:
+    """An option that must be a text.
+
+    Raises:
+        LoaderError: It is something else.
+    """
+    if not isinstance(value, str) or not value:
+        raise _error(spec, f"has the {key} {value!r}, which must be a text")
+    return value
+
+
+def _folder(spec: ModelSpec, options: Mapping[str, object]) -> Path:
+    path = options.get("path")
+    if not isinstance(path, (str, Path)) or not str(path):
+        raise _error(spec, "needs the option path, the folder of the model")
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        problem = "this is a file, not the folder of a model." if folder.exists() else _no_folder(folder)
+        raise WeightsError(spec.name, str(folder), problem)
+    return folder
+
+
+def _no_folder(folder: Path) -> str:
+    near = "" if not folder.parent.is_dir() else f" {str(folder.parent)!r} exists. {listing(folder.parent)}"
+    return f"there is no such folder, and nothing is downloaded: give the folder of a local copy.{near}"
+
+
+def _checked_headers(spec: ModelSpec, folder: Path) -> tuple[Header, ...]:
+    places = weight_places(folder, name=spec.name)
+    return tuple(header for place in places for header in model_headers(place, name=spec.name))
+
+
+def _checked_config(spec: ModelSpec, path: Path) -> Mapping[str, object]:
+    """A configuration file that names no code."""
+    content = read_json(path, name=spec.name)
+    _refuse_code(spec, path, content)
+    return content if isinstance(content, Mapping) else {}
+
+
+def _refuse_code(spec: ModelSpec, path: Path, value: object, depth: int = 0) -> None:
+    if depth > _MAX_DEPTH:
+        raise WeightsError(spec.name, str(path), f"nested deeper than {_MAX_DEPTH} levels; this is no configuration.")
+    inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in inner:
+        if isinstance(key, str) and _can_run_code(path, key, each):
+            raise WeightsError(
+                spec.name,
+                str(path),
+                f"sets {key!r} to {str(each)[:60]!r}, which can make a library run code from elsewhere; not loaded. "
+                "Remove the key, or load the folder in a loader of your own if you trust its author.",
+            )
+        if key not in _LABELS:
+            _refuse_code(spec, path, each, depth + 1)
+
+
+def _can_run_code(path: Path, key: str, value: object) -> bool:
+    if key in _CODE_KEYS or (key.startswith("_") and not key.startswith("__") and key not in _PLAIN_KEYS):
+        return True
+    if key in {"_attn_implementation", "attn_implementation"}:
+        return "/" in str(value)  # a repository of kernels, fetched and run
+    # The list of parts of a sentence-transformers model names the classes to import.
+    return path.name == "modules.json" and key == "type" and not str(value).startswith("sentence_transformers.")
+
+
+def _model_class(spec: ModelSpec, options: Mapping[str, object], config: Mapping[str, object]) -> Any:
+    """The class to build: the operator's choice, else the architecture in the configuration, else ``AutoModel``."""
+    import transformers
+
+    wanted = options.get("model")
+    if isinstance(wanted, type) and hasattr(wanted, "from_pretrained"):
+        return wanted
+    if wanted is not None:
+        chosen = getattr(transformers, text_option(spec, "model", wanted), None)
+        if not hasattr(chosen, "from_pretrained"):
+            raise _error(spec, f"has the model {wanted!r}, which is no model class of transformers")
+        return chosen
+    architectures = config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else None
+    named = getattr(transformers, first, None) if isinstance(first, str) and first.isidentifier() else None
+    is_model = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+    return named if is_model else transformers.AutoModel
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["(no message)"])[0][:300]
+
+
+def _error(spec: ModelSpec, problem: str) -> LoaderError:
+    return LoaderError(spec.name, str(spec.loader), problem)
