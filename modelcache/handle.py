@@ -241,6 +241,11 @@ _HOW: dict[str, Callable[..., Any]] = {
     **{verb: partial(_place, verb) for verb in PLACERS},
 }
 
+#: The modules a lease passes through: not models of the demo, not hooks of the data plane.
+_LEASE_PATH = tuple(
+    f"modelcache.{room}" for room in ("handle", "lease", "carrying", "placement", "door", "cache", "runtime", "core")
+)
+
 
 def _hide_from_compiler() -> None:
     """Let `torch.compile` see the model and not the lease, once there is a compiler; cheap until then and after.
@@ -252,7 +257,7 @@ def _hide_from_compiler() -> None:
     if skip is None or hasattr(_use, "_torchdynamo_disable"):
         return
     for module_name, module in tuple(sys.modules.items()):
-        if module_name.startswith("modelcache.") and not module_name.startswith("modelcache.dataplane"):
+        if module_name.startswith(_LEASE_PATH):
             for function in _functions_of(module, module_name):
                 skip(function)
 

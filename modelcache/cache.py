@@ -1,0 +1,461 @@
+"""ModelCache: the front door. Wiring only; what is decided is decided in `core`, what moves moves in `dataplane`."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import contextmanager
+from functools import partial
+from os import PathLike
+from types import TracebackType
+from typing import Any, TypeVar
+
+from modelcache.core.explain import Forecast, explain, forecast
+from modelcache.core.messages import (
+    Done,
+    Pinned,
+    RoomReturned,
+    Want,
+    WantBudget,
+    WantCopy,
+    WantDown,
+    WantGone,
+    WantRoom,
+)
+from modelcache.display import as_html, as_text, one_line
+from modelcache.door import Entry, FrontDoor
+from modelcache.futures import MoveFuture
+from modelcache.handle import ModelHandle
+from modelcache.lease import FirstUseLease, Lease, Leases, current_holder
+from modelcache.registry import Registry, build_spec
+from modelcache.runtime.driver import Driver, name_of
+from modelcache.runtime.herald import Subscriber
+from modelcache.snapshots import cache_stats, model_stats
+from modelcache.spec import ModelSpec
+from modelcache.stats import CacheStats, Freed, Health, ModelStats, MoveEvent
+from modelcache.tier import Tier
+from modelcache.wiring import Parts, assemble, assemble_file, forked_away, read_size
+
+_LOG = logging.getLogger("modelcache")
+F = TypeVar("F", bound=Callable[..., Any])
+#: How long somebody may wait while nothing moves before the cache no longer calls itself ready.
+STALL_S = 10.0
+
+
+class ModelCache:
+    """An LRU cache for whole PyTorch models: GPU memory over RAM over disk.
+
+    Use it as a context manager, or `close` it. All methods may be called from any thread; those that take a model's
+    name raise `UnknownModelError` for one that is not registered, and `CacheClosedError` after `close`.
+
+    Args:
+        vram: Budget of the device: ``"20GiB"``, ``"80%"`` (of its memory less what others hold), ``"auto"``, or bytes.
+        ram: Budget of RAM, likewise; a percentage is of the machine or the container, whichever is smaller.
+        page_locked: How much of `ram` may be page-locked, for asynchronous copies.
+        disk: Budget of image files, for models whose loader cannot be called again; ``None`` for none.
+        device: ``"auto"``, ``"cuda:0"``, ``"simulated"``, ``"host_only"``, or a device object of `modelcache.testing`.
+        policy: Which copies go first: ``"lru"`` or ``"cost"``.
+        when_full: ``"wait"`` for a lease to be returned, or ``"reject"`` with `BudgetExhaustedError`.
+        idle: Park a model after this long without a lease, such as ``"10m"``; a model's own `idle` wins.
+        max_waiters: More callers than this get `QueueFullError`.
+        image_dir: Where image files go; a folder of this user's cache by default.
+        segment: Bytes of a segment, the unit of moving.
+        progress: Show a bar for what takes longer than two seconds, on a terminal or in a notebook.
+        lease_sites: Note where each lease is taken, to name it when it leaks. Costs some microseconds a hit.
+
+    Raises:
+        ConfigError: A value cannot be used, or exceeds the machine; every problem at once.
+    """
+
+    def __init__(
+        self,
+        *,
+        vram: int | str = "auto",
+        ram: int | str = "auto",
+        page_locked: int | str | None = None,
+        disk: int | str | None = None,
+        device: Any = "auto",
+        policy: str = "lru",
+        when_full: str = "wait",
+        idle: str | float | None = None,
+        max_waiters: int = 512,
+        image_dir: str | PathLike[str] | None = None,
+        segment: int | str = "64MiB",
+        progress: bool = True,
+        lease_sites: bool = False,
+    ) -> None:
+        given = {key: value for key, value in locals().items() if key not in ("self", "__class__", "given")}
+        self._open(assemble(given))
+
+    @classmethod
+    def from_yaml(cls, path: str | PathLike[str]) -> ModelCache:
+        """A cache as a file describes it, its models registered and its `preload` list on its way up.
+
+        Raises:
+            ConfigError: Every problem of the file, each with file, line, column and key.
+        """
+        parts = assemble_file(path)
+        cache = cls.__new__(cls)
+        cache._open(parts)
+        for spec in parts.specs:
+            cache._register(spec)
+        for name in parts.preload:
+            cache.prefetch(name)
+        return cache
+
+    @classmethod
+    def _of(cls, parts: Parts) -> ModelCache:
+        """A cache over parts made elsewhere: fakes, or a clock of one's own."""
+        cache = cls.__new__(cls)
+        cache._open(parts)
+        return cache
+
+    def _open(self, parts: Parts) -> None:
+        self._parts = parts
+        self._driver = Driver(
+            parts.budgets, parts.mover, parts.clock, parts.pool, policy=parts.policy, progress=parts.progress
+        )
+        self._registry = Registry()
+        self._door = FrontDoor(
+            self._driver,
+            parts.mover.object_of,
+            parts.execution_device,
+            self._registry.unknown,
+            self._describe,
+            with_sites=parts.lease_sites,
+        )
+        self._close_lock = threading.Lock()
+        self._leaving: dict[str, MoveFuture] = {}
+        forked_away(self._driver)
+        atexit.register(self.close)
+
+    # --- models ---------------------------------------------------------------------------------------------------
+
+    def register(self, name: str, loader: object = None, **options: Any) -> None:
+        """Register a model; nothing is loaded.
+
+        Args:
+            name: 1 to 64 of ``a-z 0-9 . _ -``.
+            loader: A callable without arguments, a ``"pkg.module:function"`` string, or a named loader:
+                ``"transformers"``, ``"sentence-transformers"`` (both with `path`), or ``"safetensors"``, which is
+                meant when `model` and `weights` are given.
+            **options: `size` (of weights and buffers, if known), `workspace` (what a running model needs beside its
+                weights), `pin` (``"vram"`` or ``"ram"``), `priority` (``"low"``, ``"normal"``, ``"high"``), `idle`
+                (``"10m"``, ``"never"``), `concurrency` (leases at a time; 0 for any number), `reload` (the callable
+                may be called again), `on_write` (``"writeback"``, ``"refuse"``, ``"discard"``), and the options of
+                named loaders: `path`, `dtype`, `model`, `weights`, `task`, ...
+
+        Raises:
+            ValueError: A name that is taken or not valid, or a value that cannot be used.
+            TypeError: A value of the wrong type.
+        """
+        if "idle" not in options and self._parts.idle_s is not None:
+            options["idle"] = self._parts.idle_s
+        self._register(build_spec(name, loader, **options))
+
+    def _register(self, spec: ModelSpec) -> None:
+        refusal = self._door.refusal()
+        if refusal is not None:
+            raise refusal
+        leaving = self._leaving.get(spec.name)
+        if leaving is not None and not leaving.done():
+            raise ValueError(f"{spec.name!r} was unregistered but is still leased; return its leases first")
+        self._leaving.pop(spec.name, None)
+        self._registry.add(spec)
+        self._door.entries[spec.name] = Entry(spec.name, self._driver.register(spec))
+
+    def model(self, name: str, **options: Any) -> Callable[[F], F]:
+        """Decorator form of `register`: the function is the loader, and is returned unchanged."""
+
+        def register(loader: F) -> F:
+            self.register(name, loader, **options)
+            return loader
+
+        return register
+
+    def unregister(self, name: str) -> None:
+        """Forget a model and everything it holds; a leased one when its last lease is returned."""
+        entry = self._door.entry(name)
+        self._registry.remove(name)
+        del self._door.entries[name]
+        future = self._post(WantGone(name, current_holder()), None)
+        self._leaving[name] = future
+        if not entry.gate.num_leases:
+            future.result()
+
+    def names(self) -> tuple[str, ...]:
+        """The registered names, in the order they came."""
+        return self._registry.names()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._door.entries
+
+    def __len__(self) -> int:
+        return len(self._door.entries)
+
+    # --- use ------------------------------------------------------------------------------------------------------
+
+    def get(self, name: str, *, timeout: float | None = None) -> ModelHandle:
+        """A handle on a model that is usable now; blocks until it is.
+
+        Args:
+            name: A registered model.
+            timeout: Seconds; `None` waits.
+
+        Raises:
+            LeaseTimeoutError: It was not usable in time; names who holds what it waited for.
+            ModelTooLargeError: It exceeds a whole budget; nobody was evicted for it.
+            LoaderError: Its loader raised.
+        """
+        return ModelHandle(name, self._door, self._door.first_use(name, timeout))
+
+    def aget(self, name: str, *, timeout: float | None = None) -> AsyncGet:
+        """The same for tasks: ``await`` it for a handle, or ``async with`` it for the raw object under one lease."""
+        return AsyncGet(self._door, name, timeout)
+
+    def lease_many(self, *names: str, timeout: float | None = None) -> Leases:
+        """Leases on several models at once, all or none: ``with cache.lease_many("a", "b") as (a, b):``.
+
+        Callers who take together what they need together never wait for each other in a circle.
+
+        Raises:
+            ValueError: No name, or one twice.
+        """
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"lease_many takes each model once and at least one, got {names!r}")
+        return self._door.many(names, timeout)
+
+    def prefetch(self, name: str, tier: Tier = Tier.VRAM) -> MoveFuture:
+        """Start bringing a model up to `tier` and return at once.
+
+        It never evicts a leased or pinned copy, yields to whoever waits for a lease, and is given up with
+        `BudgetExhaustedError` when leases leave no room.
+        """
+        self._door.entry(name)
+        return self._post(WantCopy(name, tier), None)
+
+    # --- explicit moves -------------------------------------------------------------------------------------------
+
+    def pin(self, name: str, tier: Tier = Tier.VRAM) -> None:
+        """Hold a model on `tier` against eviction, from when it gets there. It moves nothing: see `prefetch`."""
+        self._door.entry(name)
+        self._driver.tell(Pinned(name, tier))
+
+    def unpin(self, name: str) -> None:
+        """Lift the hold."""
+        self._door.entry(name)
+        self._driver.tell(Pinned(name, None))
+
+    def park(self, name: str, *, timeout: float | None = None) -> Freed:
+        """Give up a model's VRAM and keep its RAM copy, once its leases are returned."""
+        return self._down(name, Tier.RAM, timeout)
+
+    def evict(self, name: str, *, to: Tier = Tier.DISK, timeout: float | None = None) -> Freed:
+        """Give up a model's copies above `to`, once its leases are returned; what no file holds is written to one."""
+        return self._down(name, to, timeout)
+
+    def _down(self, name: str, tier: Tier, timeout: float | None) -> Freed:
+        self._door.entry(name)
+        if tier is Tier.VRAM:
+            raise ValueError("a model is given up to Tier.RAM or Tier.DISK")
+        return self._measured(WantDown(name, tier, current_holder()), timeout)
+
+    def free(
+        self, *, vram: int | str | None = None, ram: int | str | None = None, timeout: float | None = None
+    ) -> Freed:
+        """Make room now, least recently used models first.
+
+        Raises:
+            BudgetExhaustedError: That much cannot be freed; nobody was evicted.
+        """
+        freed = Freed(0, 0)
+        for tier, size in _sizes(vram, ram):
+            one = self._measured(WantRoom(tier, size, hold=False), timeout)
+            freed = Freed(freed.vram_bytes + one.vram_bytes, freed.ram_bytes + one.ram_bytes)
+        return freed
+
+    @contextmanager
+    def reserve(
+        self, *, vram: int | str | None = None, ram: int | str | None = None, timeout: float | None = None
+    ) -> Generator[None]:
+        """Hold room for other people's work for the length of the block."""
+        held: list[MoveFuture] = []
+        try:
+            for tier, size in _sizes(vram, ram):
+                future = self._post(WantRoom(tier, size, hold=True), timeout)
+                held.append(future)
+                future.result()
+            yield
+        finally:
+            for future in held:
+                future.cancel()
+                self._driver.tell(RoomReturned(future.ticket))
+
+    def resize(self, *, vram: int | str | None = None, ram: int | str | None = None) -> None:
+        """Change budgets. A lowered one is reached as far as leases allow; the rest follows as they are returned."""
+        for tier, size in _sizes(vram, ram):
+            self._driver.ask(WantBudget(tier, size))
+
+    def _post(self, want: Want, timeout: float | None) -> MoveFuture:
+        refusal = self._door.refusal()
+        if refusal is not None:
+            raise refusal
+        return MoveFuture(self._driver, want, timeout)
+
+    def _measured(self, want: Want, timeout: float | None) -> Freed:
+        refusal = self._door.refusal()
+        if refusal is not None:
+            raise refusal
+        before = self._parts.measure()
+        done: Done = self._driver.ask(want, timeout)
+        self._parts.mover.release_cached()
+        after = self._parts.measure()
+        del done
+        return Freed(max(0, after.vram - before.vram), max(0, before.ram - after.ram))
+
+    # --- looking; never a use -------------------------------------------------------------------------------------
+
+    def info(self, name: str) -> ModelStats:
+        """Where one model is and what it takes there."""
+        self._door.entry(name)
+        stats: ModelStats = self._driver.look(partial(model_stats, name=name))
+        return stats
+
+    def status(self) -> CacheStats:
+        """Everything at one instant."""
+        counters = self._driver.counters()
+        stats: CacheStats = self._driver.look(
+            partial(cache_stats, device=self._parts.device_name, counters=counters, names=self.names())
+        )
+        return stats
+
+    def plan(self, *names: str) -> Forecast:
+        """What asking for these models together would do now: what fits, and who would give something up."""
+        for name in names:
+            self._door.entry(name)
+        what: Forecast = self._driver.look(partial(forecast, names=names))
+        return what
+
+    def explain(self, name: str) -> str:
+        """Why a model is where it is, in words."""
+        self._door.entry(name)
+        words: str = self._driver.look(partial(explain, name=name))
+        return words
+
+    def events(self) -> tuple[MoveEvent, ...]:
+        """The last committed moves, oldest first."""
+        return self._driver.herald.events()
+
+    def on(self, event: str, fn: Subscriber) -> Callable[[], None]:
+        """Call `fn` with each committed move: ``"move"`` for all, or a kind such as ``"evict"``.
+
+        It runs on a thread of its own, and may call the cache. Returns what ends the subscription.
+        """
+        return self._driver.herald.on(event, fn)
+
+    def health(self) -> Health:
+        """Whether the cache makes progress."""
+        oldest_s, last_step_s = self._driver.waits()
+        device = self._driver.look(lambda machine: "ok" if machine.poison is None else str(machine.poison))
+        is_moving = self._driver.look(lambda machine: not machine.flights.is_idle)
+        is_stalled = oldest_s is not None and oldest_s > STALL_S and not is_moving and last_step_s > STALL_S
+        is_ready = device == "ok" and not is_stalled and self._door.refusal() is None and self._driver.is_sound
+        return Health(is_ready, oldest_s, last_step_s, device)
+
+    def _describe(self, name: str) -> str:
+        return one_line(self.info(name))
+
+    def __repr__(self) -> str:
+        if self._door.refusal() is not None:
+            return "<ModelCache, closed>"
+        return as_text(self.status())
+
+    def _repr_html_(self) -> str:
+        return as_html(self.status())
+
+    # --- the end --------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Give everything up. Idempotent, from any thread; whoever waits gets `CacheClosedError`.
+
+        Models still leased are named in a warning; their objects stay usable for as long as somebody holds them only
+        if they are not in use: return leases before closing.
+        """
+        if self._driver.is_forked:
+            return
+        with self._close_lock:
+            if self._door.is_closed:
+                return
+            self._door.is_closed = True
+            atexit.unregister(self.close)
+            leased = {
+                name: [name_of(holder) for holder in entry.gate.holders() if holder is not None]
+                for name, entry in self._door.entries.items()
+                if entry.gate.num_leases
+            }
+            open_leases = {name: holders for name, holders in leased.items() if holders}
+            if open_leases:
+                _LOG.warning("closed with open leases=%s; return them before closing", open_leases)
+            self._driver.stop()
+            self._door.entries.clear()
+            self._parts.close()
+
+    async def aclose(self) -> None:
+        """The same without blocking the event loop."""
+        from asyncio import to_thread
+
+        await to_thread(self.close)
+
+    def __enter__(self) -> ModelCache:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> ModelCache:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+class AsyncGet(Awaitable[ModelHandle]):
+    """What `aget` returns: awaited, a handle; entered, the raw object under one lease until the block ends."""
+
+    def __init__(self, door: FrontDoor, name: str, timeout_s: float | None) -> None:
+        self._door = door
+        self._name = name
+        self._timeout_s = timeout_s
+        self._lease: Lease | None = None
+
+    def __await__(self) -> Generator[Any, Any, ModelHandle]:
+        return self._handle().__await__()
+
+    async def _handle(self) -> ModelHandle:
+        (first,) = await self._door.alease((self._name,), self._timeout_s, FirstUseLease)
+        self._door.limit_first_use(first)
+        return ModelHandle(self._name, self._door, first)
+
+    async def __aenter__(self) -> Any:
+        (self._lease,) = await self._door.alease((self._name,), self._timeout_s, Lease)
+        return self._lease.model
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._lease is not None:
+            self._lease.close()
+
+
+def _sizes(vram: int | str | None, ram: int | str | None) -> list[tuple[Tier, int]]:
+    given = [(tier, read_size(size)) for tier, size in ((Tier.VRAM, vram), (Tier.RAM, ram)) if size is not None]
+    if not given:
+        raise ValueError('say how much: vram="8GiB" or ram="8GiB"')
+    return given
+

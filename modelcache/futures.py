@@ -1,0 +1,47 @@
+"""MoveFuture: a move that was asked for and may be waited for, awaited or cancelled."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any
+
+from modelcache.core.messages import Want
+from modelcache.runtime.driver import Driver
+from modelcache.runtime.waiters import Waiter
+
+
+class MoveFuture(Future[None]):
+    """A `concurrent.futures.Future` without a value; `asyncio.wrap_future` makes it awaitable.
+
+    Cancelling it withdraws the request: what is in flight lands, what is not started never is.
+    """
+
+    def __init__(self, driver: Driver, want: Want, timeout_s: float | None) -> None:
+        super().__init__()
+        self._driver = driver
+        self._waiter: Waiter = driver.waiter(self._wake)
+        driver.post(want, self._waiter, timeout_s)
+
+    @property
+    def ticket(self) -> int:
+        """What the request is known by."""
+        return self._waiter.ticket
+
+    def cancel(self) -> bool:
+        """Withdraw the request; False if it was answered already."""
+        if self.done():
+            return self.cancelled()
+        self._driver.leave(self._waiter)
+        return super().cancel()
+
+    def _wake(self) -> None:
+        try:
+            self._waiter.result()
+        except BaseException as error:  # noqa: BLE001  Whatever it is, it is the future's to raise.
+            self._finish(self.set_exception, error)
+        else:
+            self._finish(self.set_result, None)
+
+    def _finish(self, finish: Any, value: object) -> None:
+        if self.set_running_or_notify_cancel():
+            finish(value)
