@@ -1,0 +1,38 @@
+# The two commands are `make demo` and `make test`; each does its own set-up from a fresh clone.
+PY ?= python3
+# What torch to take: the CPU build this is developed with. constraints/none.txt leaves the choice to pip.
+CONSTRAINTS ?= constraints/dev.txt
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.PHONY: demo test check bench gpu wheel-test clean
+
+$(VENV)/.ok: pyproject.toml $(CONSTRAINTS)
+	$(PY) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[demo,test,dev,bench]'
+	touch $@
+
+demo: $(VENV)/.ok ## real models share too little VRAM, on any machine
+	$(BIN)/modelcache demo
+
+test: $(VENV)/.ok ## the whole test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+check: $(VENV)/.ok ## format, lint, types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.ok ## the figures of the README, next to their references in the same run
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py
+
+gpu: ## the tests that need a CUDA device, with whatever Python and torch are there
+	$(PY) -m pytest -q -m gpu tests
+
+wheel-test: $(VENV)/.ok ## the tests against the built wheel, from outside the checkout
+	VENV=$(VENV) tools/test_wheel.sh
+
+clean:
+	rm -rf $(VENV) build dist demo-report .pytest_cache .mypy_cache .ruff_cache .hypothesis
