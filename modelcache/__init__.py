@@ -1,0 +1,102 @@
+"""modelcache: GPU memory as a cache over RAM over disk, for whole PyTorch models.
+
+This is the whole public surface. Names are imported when first used, so that ``import modelcache`` loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from modelcache._version import __version__
+
+if TYPE_CHECKING:
+    from modelcache.dataplane.probe import MachineReport, Reading, Unavailable, machine_report
+    from modelcache.errors import (
+        BudgetExhaustedError,
+        CacheClosedError,
+        CapacityError,
+        ConfigError,
+        DeviceMemoryError,
+        DevicePoisonedError,
+        Finding,
+        ForkedCacheError,
+        InvalidTransitionError,
+        LeaseClosedError,
+        LeaseCycleError,
+        LeaseError,
+        LeaseTimeoutError,
+        LoaderError,
+        MaterializeError,
+        MaterializeMemoryError,
+        ModelCacheError,
+        ModelNotResidentError,
+        ModelTooLargeError,
+        MoveError,
+        QueueFullError,
+        UnknownModelError,
+        WeightsError,
+    )
+    from modelcache.headers import weights_bytes
+    from modelcache.tier import Tier
+    from modelcache.units import format_bytes, format_seconds, parse_bytes, parse_percent, parse_rate
+
+__all__ = [
+    "BudgetExhaustedError",
+    "CacheClosedError",
+    "CapacityError",
+    "ConfigError",
+    "DeviceMemoryError",
+    "DevicePoisonedError",
+    "Finding",
+    "ForkedCacheError",
+    "InvalidTransitionError",
+    "LeaseClosedError",
+    "LeaseCycleError",
+    "LeaseError",
+    "LeaseTimeoutError",
+    "LoaderError",
+    "MachineReport",
+    "MaterializeError",
+    "MaterializeMemoryError",
+    "ModelCacheError",
+    "ModelNotResidentError",
+    "ModelTooLargeError",
+    "MoveError",
+    "QueueFullError",
+    "Reading",
+    "Tier",
+    "Unavailable",
+    "UnknownModelError",
+    "WeightsError",
+    "__version__",
+    "format_bytes",
+    "format_seconds",
+    "machine_report",
+    "parse_bytes",
+    "parse_percent",
+    "parse_rate",
+    "weights_bytes",
+]
+
+_HOMES = {
+    "modelcache.dataplane.probe": ("MachineReport", "Reading", "Unavailable", "machine_report"),
+    "modelcache.errors": ("Finding", *(name for name in __all__ if name.endswith("Error"))),
+    "modelcache.headers": ("weights_bytes",),
+    "modelcache.tier": ("Tier",),
+    "modelcache.units": ("format_bytes", "format_seconds", "parse_bytes", "parse_percent", "parse_rate"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'modelcache' has no attribute {name!r}")
+    value: object = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -458,4 +458,3 @@ def _sizes(vram: int | str | None, ram: int | str | None) -> list[tuple[Tier, in
     if not given:
         raise ValueError('say how much: vram="8GiB" or ram="8GiB"')
     return given
-

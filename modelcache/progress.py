@@ -47,7 +47,14 @@ class ProgressBars:
 
     def _show(self, name: str, done_bytes: int, total_bytes: int) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TransferSpeedColumn,
+        )
 
         if self._bars is None:
             columns = (

@@ -93,7 +93,9 @@ class ModelSpec:
     on_write: OnWrite = OnWrite.WRITEBACK
 
 
-_NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?", re.ASCII)
+#: What a model may be called, to be matched in full.
+NAME_PATTERN = "[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?"
+_NAME = re.compile(NAME_PATTERN, re.ASCII)
 # Names become file names; these open a device instead of a file on some systems, with any ending.
 _DEVICE_NAMES = frozenset({"con", "nul", "prn", "aux"} | {f"{port}{n}" for port in ("com", "lpt") for n in range(10)})
 

@@ -140,11 +140,12 @@ class Machine:
         After `CloseGate`, the answer for each such gate is the next event; nothing else may come in between.
         """
         self.now_s = now_s
-        self._granted.clear()
         self._take(event)
         if self.closing is None:
             self._advance()
         out, self._out = self._out, []
+        # The caller carries out the grants before it says or asks anything more.
+        self._granted.clear()
         return out
 
     def _take(self, event: Event) -> None:

@@ -56,6 +56,7 @@ from modelcache.core.policy import EvictionPolicy
 from modelcache.errors import (
     CacheClosedError,
     ForkedCacheError,
+    InvalidTransitionError,
     LeaseTimeoutError,
     LoaderError,
     ModelCacheError,
@@ -145,6 +146,7 @@ class Driver:
         self._stoppers: list[Callable[[], None]] = []
         self._stop_by_s = 0.0
         self._is_over = False
+        self._bug: Exception | None = None
         self._is_forked = False
         self._loader_threads: dict[int, str] = {}
         self._ticks = count(1)
@@ -286,6 +288,11 @@ class Driver:
         return self._is_forked
 
     @property
+    def is_sound(self) -> bool:
+        """The driver's thread is alive and has met no bug of its own."""
+        return self._bug is None and not self._is_over and self._thread.is_alive()
+
+    @property
     def age_s(self) -> float:
         """Seconds since the driver was started."""
         return self._clock.now_s() - self._started_s
@@ -305,14 +312,28 @@ class Driver:
             item = self._mailbox.get(self._next_deadline())
             now_s = self._clock.now_s()
             self._end_fleeting(now_s)
-            with self._lock:
-                self._last_step_s = now_s
-                self._take(item, now_s)
-                self._expire(now_s)
+            try:
+                with self._lock:
+                    self._last_step_s = now_s
+                    self._take(item, now_s)
+                    self._expire(now_s)
+            except Exception as error:
+                # A bug of ours. Deciding on books that may be wrong would be worse than stopping: nobody is left
+                # waiting, everything stays where it is, and `health` says so.
+                _LOG.exception("the driver met a bug and decides nothing more")
+                self._give_up(error)
             if self._stoppers:
                 self._try_to_end(now_s)
             # An item holds models and errors; the next may be long in coming.
             del item
+
+    def _give_up(self, error: Exception) -> None:
+        self._bug = error
+        bug = InvalidTransitionError("the driver", "running", type(error).__name__, (str(error),))
+        bug.__cause__ = error
+        for ask in self._waiters.values():
+            ask.waiter.offer(own_copy(bug))
+        self._waiters.clear()
 
     def _next_deadline(self) -> float | None:
         times = [self._timers[0][0]] if self._timers else []
@@ -329,6 +350,9 @@ class Driver:
 
     def _take(self, item: Any, now_s: float) -> None:
         if item is None or item is _POKE:
+            return
+        if self._bug is not None and isinstance(item, _Ask):
+            item.waiter.offer(own_copy(InvalidTransitionError("the driver", "stopped by a bug", str(self._bug))))
             return
         if isinstance(item, _Ask):
             ticket = item.waiter.ticket

@@ -1,0 +1,276 @@
+"""From settings to the parts a cache is made of. The only place above the data plane that imports it, when called."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modelcache.core.ledger import Room
+from modelcache.core.machine import Budgets
+from modelcache.core.policy import POLICIES, EvictionPolicy
+from modelcache.progress import ProgressBars
+from modelcache.runtime.driver import Driver
+from modelcache.runtime.ports import Clock, Mover, Pool, Progress
+from modelcache.runtime.threads import SystemClock, ThreadPool
+from modelcache.spec import ModelSpec
+from modelcache.tier import Tier
+
+if TYPE_CHECKING:
+    from modelcache.config.budgets import Totals
+    from modelcache.config.schema import Settings
+    from modelcache.dataplane.device.protocol import Device
+
+_LOG = logging.getLogger("modelcache")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a cache is made of.
+
+    Attributes:
+        budgets: Bytes per tier.
+        mover: The data plane.
+        clock: Deadlines and idle times.
+        pool: Threads.
+        device_name: For people.
+        execution_device: The `torch.device` that calls run on.
+        measure: Free bytes of the device, and RAM held, as the data plane measures them now.
+        close: Gives the data plane up.
+        policy: Which copies go first.
+        progress: Told how far loads and moves are.
+        idle_s: For models that do not say.
+        lease_sites: Note where leases are taken.
+        specs: Models to register at start, and `preload`, their names to bring up.
+    """
+
+    budgets: Budgets
+    mover: Mover
+    clock: Clock
+    pool: Pool
+    device_name: str
+    execution_device: Callable[[], object]
+    measure: Callable[[], Room]
+    close: Callable[[], None]
+    policy: EvictionPolicy | None = None
+    progress: Progress | None = None
+    idle_s: float | None = None
+    lease_sites: bool = False
+    specs: tuple[ModelSpec, ...] = ()
+    preload: tuple[str, ...] = ()
+
+
+#: A keyword of `ModelCache`, and the key of the file that means the same.
+_KEYS = {
+    "vram": "budgets.vram",
+    "ram": "budgets.ram",
+    "page_locked": "budgets.page_locked",
+    "disk": "budgets.disk",
+    "device": "device",
+    "policy": "policy.evict",
+    "when_full": "policy.when_full",
+    "idle": "policy.idle",
+    "max_waiters": "max_waiters",
+    "image_dir": "image_dir",
+    "segment": "segment",
+    "progress": "progress",
+    "lease_sites": "lease_sites",
+}
+
+
+def assemble(given: Mapping[str, Any]) -> Parts:
+    """The parts of a cache as its keywords describe it.
+
+    Raises:
+        ConfigError: Values that cannot be used.
+    """
+    from modelcache.config import settings_of
+
+    device = given["device"]
+    is_open = not isinstance(device, str)
+    call = {_KEYS[key]: value for key, value in given.items() if not (is_open and key == "device")}
+    if given["image_dir"] is not None:
+        call["image_dir"] = os.fspath(given["image_dir"])
+    return _build(settings_of(call), device if is_open else None, {})
+
+
+def assemble_file(path: str | PathLike[str]) -> Parts:
+    """The parts of a cache as a file describes it.
+
+    Raises:
+        ConfigError: Every problem of the file.
+    """
+    from modelcache.config import effective
+
+    found = effective(os.fspath(path))
+    return _build(found.settings, None, found.origins, found.specs)
+
+
+def read_size(size: int | str) -> int:
+    """Bytes, given as such or as ``"8GiB"``.
+
+    Raises:
+        ValueError: Not above 0, or no size.
+    """
+    from modelcache.units import parse_bytes
+
+    if isinstance(size, str):
+        return parse_bytes(size)
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f'a size is bytes or text such as "8GiB", got {size!r}')
+    if size <= 0:
+        raise ValueError(f"must be greater than 0, got {size}")
+    return size
+
+
+def _build(
+    settings: Settings, device: Device | None, origins: Mapping[Any, Any], specs: tuple[ModelSpec, ...] = ()
+) -> Parts:
+    from modelcache.config.budgets import resolve_budgets
+    from modelcache.dataplane.mover import TorchMover
+
+    owned = device is None
+    device = device or _open_device(settings)
+    image_dir = _image_dir(settings)
+    try:
+        bytes_of = resolve_budgets(settings, _totals(device, image_dir), origins)
+        for line in bytes_of.lines:
+            _LOG.info("%s", line)
+        spills = bytes_of.disk_bytes > 0
+        mover = TorchMover(
+            device,
+            segment_bytes=settings.segment,
+            image_dir=image_dir if spills else None,
+            page_locked_bytes=bytes_of.page_locked_bytes,
+        )
+    except BaseException:
+        if owned:
+            device.close()
+        raise
+    clock = SystemClock()
+    bars = ProgressBars(clock.now_s) if settings.progress else None
+    top = Tier.VRAM if device.holds_copies else Tier.RAM
+
+    def close() -> None:
+        mover.close()
+        if bars is not None:
+            bars.close()
+
+    return Parts(
+        Budgets(
+            bytes_of.ram_bytes,
+            bytes_of.vram_bytes,
+            bytes_of.disk_bytes,
+            top,
+            settings.max_waiters,
+            settings.policy.when_full == "wait",
+        ),
+        mover,
+        clock,
+        ThreadPool(),
+        device.name,
+        lambda: device.torch_device,
+        lambda: Room(device.free_bytes() if device.holds_copies else 0, mover.live_ram_bytes),
+        close,
+        POLICIES[settings.policy.evict],
+        bars,
+        settings.policy.idle,
+        settings.lease_sites,
+        specs,
+        settings.preload,
+    )
+
+
+def _open_device(settings: Settings) -> Device:
+    from modelcache.dataplane.device import open_device
+
+    if settings.device != "simulated":
+        return open_device(settings.device)
+    simulated = settings.simulated
+    return open_device(
+        "simulated",
+        capacity_bytes=simulated.capacity,
+        link_bytes_per_s=float(simulated.link),
+        rounding=simulated.rounding,
+    )
+
+
+def _image_dir(settings: Settings) -> Path:
+    if settings.image_dir is not None:
+        return Path(settings.image_dir)
+    from platformdirs import user_cache_dir
+
+    return Path(user_cache_dir("modelcache", appauthor=False)) / "images"
+
+
+def _totals(device: Device, image_dir: Path) -> Totals:
+    """What the machine has, measured once."""
+    from modelcache.config.budgets import Totals
+    from modelcache.dataplane import probe
+
+    kind, _, index = device.name.partition(":")
+    figures = probe.cuda_figures(int(index or 0)) if kind == "cuda" else None
+    measured = probe.totals(
+        int(index or 0) if kind == "cuda" else None,
+        uuid=figures.uuid if figures else None,
+        integrated=figures.integrated if figures else None,
+        allocator=figures.allocator if figures else None,
+        driver=figures.driver if figures else None,
+    )
+    vram = measured.vram
+    host = Totals(
+        measured.ram.total_bytes, measured.ram.others_bytes, disk_free_bytes=_free_disk_bytes(image_dir)
+    )
+    if not device.holds_copies:
+        return host
+    if isinstance(vram, probe.Reading):
+        return replace(
+            host,
+            device=device.name,
+            device_name=vram.name,
+            vram_bytes=vram.total_bytes,
+            vram_others_bytes=vram.others_bytes,
+            is_unified=vram.unified,
+        )
+    if isinstance(vram, probe.Unavailable):
+        return replace(host, device=device.name, vram_problem=vram.reason, vram_fix=vram.fix)
+    return replace(host, device=device.name, device_name="simulated", vram_bytes=device.total_bytes())
+
+
+def _free_disk_bytes(folder: Path) -> int | None:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        stat = os.statvfs(folder)
+    except OSError:
+        return None
+    return stat.f_bavail * stat.f_frsize
+
+
+_DRIVERS: weakref.WeakSet[Driver] = weakref.WeakSet()
+
+
+def forked_away(driver: Driver) -> None:
+    """See to it that a forked child cannot use this driver, whose threads stay with the parent."""
+    if not _DRIVERS:
+        _register_once()
+    _DRIVERS.add(driver)
+
+
+def _disown_all() -> None:
+    for driver in list(_DRIVERS):
+        driver.disown()
+
+
+_registered: list[bool] = []
+
+
+def _register_once() -> None:
+    if not _registered:
+        _registered.append(True)
+        os.register_at_fork(after_in_child=_disown_all)
