@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 from modelcache._version import __version__
 
 if TYPE_CHECKING:
+    from modelcache.cache import AsyncGet, ModelCache
+    from modelcache.core.explain import Forecast
+    from modelcache.dataplane.materialize import materialize_meta_tensors
     from modelcache.dataplane.probe import MachineReport, Reading, Unavailable, machine_report
     from modelcache.errors import (
         BudgetExhaustedError,
@@ -37,35 +40,59 @@ if TYPE_CHECKING:
         UnknownModelError,
         WeightsError,
     )
+    from modelcache.futures import MoveFuture
+    from modelcache.handle import ModelHandle, unwrap
     from modelcache.headers import weights_bytes
+    from modelcache.lease import Lease, Leases
+    from modelcache.move import MoveKind, Reason
+    from modelcache.spec import OnWrite, Priority
+    from modelcache.stats import CacheStats, Counters, Freed, Health, ModelStats, MoveEvent, TierStats
     from modelcache.tier import Tier
     from modelcache.units import format_bytes, format_seconds, parse_bytes, parse_percent, parse_rate
 
 __all__ = [
+    "AsyncGet",
     "BudgetExhaustedError",
     "CacheClosedError",
+    "CacheStats",
     "CapacityError",
     "ConfigError",
+    "Counters",
     "DeviceMemoryError",
     "DevicePoisonedError",
     "Finding",
+    "Forecast",
     "ForkedCacheError",
+    "Freed",
+    "Health",
     "InvalidTransitionError",
+    "Lease",
     "LeaseClosedError",
     "LeaseCycleError",
     "LeaseError",
     "LeaseTimeoutError",
+    "Leases",
     "LoaderError",
     "MachineReport",
     "MaterializeError",
     "MaterializeMemoryError",
+    "ModelCache",
     "ModelCacheError",
+    "ModelHandle",
     "ModelNotResidentError",
+    "ModelStats",
     "ModelTooLargeError",
     "MoveError",
+    "MoveEvent",
+    "MoveFuture",
+    "MoveKind",
+    "OnWrite",
+    "Priority",
     "QueueFullError",
     "Reading",
+    "Reason",
     "Tier",
+    "TierStats",
     "Unavailable",
     "UnknownModelError",
     "WeightsError",
@@ -73,13 +100,24 @@ __all__ = [
     "format_bytes",
     "format_seconds",
     "machine_report",
+    "materialize_meta_tensors",
     "parse_bytes",
     "parse_percent",
     "parse_rate",
+    "unwrap",
     "weights_bytes",
 ]
 
 _HOMES = {
+    "modelcache.cache": ("AsyncGet", "ModelCache"),
+    "modelcache.core.explain": ("Forecast",),
+    "modelcache.dataplane.materialize": ("materialize_meta_tensors",),
+    "modelcache.futures": ("MoveFuture",),
+    "modelcache.handle": ("ModelHandle", "unwrap"),
+    "modelcache.lease": ("Lease", "Leases"),
+    "modelcache.move": ("MoveKind", "Reason"),
+    "modelcache.spec": ("OnWrite", "Priority"),
+    "modelcache.stats": ("CacheStats", "Counters", "Freed", "Health", "ModelStats", "MoveEvent", "TierStats"),
     "modelcache.dataplane.probe": ("MachineReport", "Reading", "Unavailable", "machine_report"),
     "modelcache.errors": ("Finding", *(name for name in __all__ if name.endswith("Error"))),
     "modelcache.headers": ("weights_bytes",),

@@ -141,7 +141,8 @@ class Machine:
         """
         self.now_s = now_s
         self._take(event)
-        if self.closing is None:
+        # A registration serves nobody: with very many, looking at every ticket for each would be felt.
+        if self.closing is None and not isinstance(event, Registered):
             self._advance()
         out, self._out = self._out, []
         # The caller carries out the grants before it says or asks anything more.

@@ -379,15 +379,16 @@ class Driver:
         """A move was carried out: commit it, then tell of it."""
         part = self._machine.books.parts.get(done.part)
         flight = part.flight if part is not None and part.generation == done.generation else None
-        self._drive(done, now_s)
-        if part is None or flight is None:
-            return
-        name = flight.move.on_behalf_of
+        # Whoever waits for this model is served, and forgotten, by what follows from the landing.
+        name = flight.move.on_behalf_of if flight is not None else None
         asked = [
             ask.waiter.asked_s
             for ask in self._waiters.values()
             if isinstance(ask.want, WantLease) and name in ask.want.names
         ]
+        self._drive(done, now_s)
+        if part is None or flight is None:
+            return
         wait_s = now_s - min(asked, default=now_s)
         event = self._story.tell(self._machine, part, flight.move, done.moved, now_s - self._started_s, wait_s)
         self.herald.publish(event, self._story.evicted_for(event))

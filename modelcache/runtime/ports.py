@@ -7,6 +7,7 @@ seed can replay one schedule.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from modelcache.move import KeptWritten, LoadedFacts, Move, Moved
@@ -26,7 +27,9 @@ class Lock(Protocol):
     """A mutual exclusion lock, not re-entrant."""
 
     def __enter__(self) -> object: ...
-    def __exit__(self, *exc: object) -> object: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> object: ...
 
 
 class Event(Protocol):

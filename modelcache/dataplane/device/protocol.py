@@ -72,10 +72,17 @@ class Device(Protocol):
         """Enqueue a copy of uint8 bytes from the device to RAM, after all compute enqueued so far on the device."""
 
     def let_compute_wait(self, event: DeviceEvent) -> None:
-        """Make compute enqueued by this thread from now on wait for `event`, without blocking the caller."""
+        """Make compute enqueued by this thread from now on wait for `event`, without blocking the caller.
+
+        What a failed copy leads to differs: a simulated operator raises it, CUDA goes on. Ask the event.
+        """
 
     def settle(self) -> None:
-        """Block until everything enqueued on the device so far is done, compute included: memory may be reused."""
+        """Block until everything enqueued on the device so far is done, compute included: memory may be reused.
+
+        To be called before the last reference to memory is dropped that compute may still be using. A copy that failed
+        is done too; what it failed with is its event's to say.
+        """
 
     def release_cached(self) -> None:
         """Give the allocator's cached memory back to the driver."""
@@ -87,4 +94,7 @@ class Device(Protocol):
         """Undo `page_lock`."""
 
     def close(self) -> None:
-        """Stop its threads. Memory still referenced stays valid. Idempotent."""
+        """Stop its threads. Memory still referenced stays valid. Idempotent.
+
+        Copies in flight land or fail, but their events are always reached.
+        """

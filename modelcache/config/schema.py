@@ -1,0 +1,303 @@
+"""The settings: every key with its unit, its default and what it means. Frozen, plain values.
+
+Paths are as written; `load.py` resolves them. Budgets stay unresolved (`Size`) until `budgets.resolve_budgets` is told
+what the machine has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+)
+
+from modelcache.config import values
+from modelcache.config.values import NOTHING, Auto, Scalar, Size
+from modelcache.spec import LOADER_KINDS, NAME_PATTERN, OnWrite, Priority
+from modelcache.tier import Tier
+
+_SIZE_PATTERN = r"^\s*[0-9]+(\.[0-9]+)?\s*([KMGT]i?)?B\s*$"
+_DURATION_PATTERN = r"^(never|([0-9]+(\.[0-9]+)?(ms|s|m|h|d))+)$"
+_PERCENT_PATTERN = r"^\s*[0-9]+(\.[0-9]+)?\s*%\s*$"
+_ENTRY_PATTERN = r"^[^\s:]+:[^\s:]+$"
+
+ROUNDINGS = ("exact", "512", "2MiB", "power_of_two")
+
+Json = dict[str, Any]
+
+
+def _text(pattern: str, *examples: str) -> Json:
+    return {"type": "string", "pattern": pattern, "examples": list(examples)}
+
+
+def _words(*words: str) -> Json:
+    return {"enum": list(words)}
+
+
+_SIZE_JSON = _text(_SIZE_PATTERN, "3GiB", "512MiB")
+_BUDGET_JSON: Json = {"anyOf": [_words("auto"), _text(_PERCENT_PATTERN, "80%"), _text(_SIZE_PATTERN, "20GiB")]}
+_OPTIONAL_BUDGET_JSON: Json = {"anyOf": [_words("none"), *_BUDGET_JSON["anyOf"]]}
+_COUNT_JSON: Json = {"type": "integer", "minimum": 1}
+_PATH_JSON: Json = {"type": "string", "minLength": 1}
+_LOADER_JSON: Json = {"anyOf": [_words(*LOADER_KINDS), _text(_ENTRY_PATTERN, "my_models:load")]}
+_DEVICE_JSON: Json = {"anyOf": [_words("auto", "simulated", "host_only"), _text(r"^cuda:[0-9]+$", "cuda:0")]}
+_NAME_JSON: Json = {"type": "string", "pattern": f"^{NAME_PATTERN}$"}
+
+
+def _no_null(value: object) -> object:
+    """A section with nothing under it is an empty section: all its keys may be comments."""
+    return {} if isinstance(value, Scalar) and value.is_empty else value
+
+
+def _no_null_list(value: object) -> object:
+    return () if isinstance(value, Scalar) and value.is_empty else value
+
+
+def _frozen(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    return MappingProxyType(dict(value))
+
+
+Budget = Annotated[Size, PlainValidator(values.read_budget), WithJsonSchema(_BUDGET_JSON)]
+OptionalBudget = Annotated[Size, PlainValidator(values.read_optional_budget), WithJsonSchema(_OPTIONAL_BUDGET_JSON)]
+Bytes = Annotated[int, PlainValidator(values.read_size), WithJsonSchema(_SIZE_JSON)]
+Segment = Annotated[int, PlainValidator(values.read_segment), WithJsonSchema(_SIZE_JSON)]
+Rate = Annotated[int, PlainValidator(values.read_rate), WithJsonSchema(_text(_SIZE_PATTERN[:-4] + r"/s\s*$", "8GB/s"))]
+Idle = Annotated[
+    float | None, PlainValidator(values.read_idle), WithJsonSchema(_text(_DURATION_PATTERN, "10m", "1m30s", "never"))
+]
+Flag = Annotated[bool, PlainValidator(values.read_flag), WithJsonSchema({"type": "boolean"})]
+Count = Annotated[int, PlainValidator(values.read_count), WithJsonSchema(_COUNT_JSON)]
+Concurrency = Annotated[
+    int,
+    PlainValidator(values.read_concurrency),
+    WithJsonSchema({"anyOf": [_words("unlimited"), _COUNT_JSON]}),
+]
+PathText = Annotated[str, PlainValidator(values.read_path), WithJsonSchema(_PATH_JSON)]
+Text = Annotated[str, PlainValidator(values.read_path), WithJsonSchema(_PATH_JSON)]
+PathList = Annotated[
+    tuple[str, ...],
+    PlainValidator(values.read_paths),
+    WithJsonSchema({"anyOf": [_PATH_JSON, {"type": "array", "minItems": 1, "items": _PATH_JSON}]}),
+]
+Text = Annotated[str, PlainValidator(values.read_text), WithJsonSchema({"type": "string", "minLength": 1})]
+Name = Annotated[str, PlainValidator(values.read_name), WithJsonSchema(_NAME_JSON)]
+
+
+class Section(BaseModel):
+    """A group of keys. Unknown keys are refused; nothing changes after reading."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+class BudgetSettings(Section):
+    """Bytes each tier may hold. Hard: never exceeded at any instant.
+
+    A size is absolute ("20GiB", "20GB"), a share ("80%": of the total of the device or container, less what others
+    hold, resolved once at start) or "auto".
+    """
+
+    vram: Budget = Field(
+        default=Auto(),
+        description='VRAM. A size, a share of the device, or "auto": 80%. On a host-only machine it is not used.',
+    )
+    ram: Budget = Field(
+        default=Auto(),
+        description='RAM. A size, a share of the machine or container, or "auto": 50%.',
+    )
+    page_locked: OptionalBudget = Field(
+        default=Auto(),
+        description=(
+            "How much of the RAM budget may be page-locked, which makes copies fast but is taken from the whole "
+            'machine. A size, a share of RAM, "none", or "auto": half of the RAM budget.'
+        ),
+    )
+    disk: OptionalBudget = Field(
+        default=NOTHING,
+        description=(
+            'Image files of models that cannot be read again. A size, a share of the free disk, "auto": 50%, or '
+            '"none" (the default): nothing is spilled to disk.'
+        ),
+    )
+
+
+class PolicySettings(Section):
+    """What goes first, and when."""
+
+    evict: Annotated[str, PlainValidator(values.one_of("lru", "cost")), WithJsonSchema(_words("lru", "cost"))] = Field(
+        default="lru",
+        description='Which model gives up room first: "lru" (default, least recently used) or "cost" (age times size).',
+    )
+    idle: Idle = Field(
+        default=None,
+        description='Park a model after this long without use: "10m", "1m30s", or "never" (default).',
+    )
+    when_full: Annotated[
+        str, PlainValidator(values.one_of("wait", "reject")), WithJsonSchema(_words("wait", "reject"))
+    ] = Field(
+        default="wait",
+        description='When every model that could make room is in use: "wait" (default) or "reject" at once.',
+    )
+
+
+class SimulatedSettings(Section):
+    """The accelerator in plain memory, for trying out a configuration without a GPU. Read with `device: simulated`."""
+
+    capacity: Bytes = Field(default=8 << 30, description='Memory of the device, a size. Default "8GiB".')
+    link: Rate = Field(
+        default=8_000_000_000, description='Speed of the link to it, bytes per second. Default "8GB/s".'
+    )
+    rounding: Annotated[str, PlainValidator(values.one_of(*ROUNDINGS)), WithJsonSchema(_words(*ROUNDINGS))] = Field(
+        default="exact",
+        description=(
+            'What its allocator takes for a request: "exact" (default), "512" or "2MiB" (the next multiple), or '
+            '"power_of_two".'
+        ),
+    )
+
+
+class ModelSettings(Section):
+    """One model: how it is loaded, and how it is kept."""
+
+    loader: Annotated[str, PlainValidator(values.read_loader), WithJsonSchema(_LOADER_JSON)] = Field(
+        description=(
+            f'{", ".join(LOADER_KINDS)}, or "package.module:function": your own, imported when first used. Required.'
+        ),
+    )
+    path: PathText | None = Field(
+        default=None,
+        description="Folder of the model, relative to this file. For transformers and sentence-transformers.",
+    )
+    model: Text | None = Field(
+        default=None,
+        description=(
+            'The class. For safetensors "package.module:Class"; for transformers the name of one of its classes, such '
+            "as AutoModelForCausalLM (default: the architecture that its config.json names)."
+        ),
+    )
+    weights: PathText | None = Field(
+        default=None,
+        description="A safetensors file or a folder of them, relative to this file. For the loader safetensors.",
+    )
+    task: Text | None = Field(
+        default=None,
+        description='For transformers: build a pipeline for this task, such as "text-generation". Default: the bare model.',
+    )
+    dtype: Annotated[
+        str | None, PlainValidator(values.read_dtype), WithJsonSchema(_words(*values.DTYPES))
+    ] = Field(
+        default=None,
+        description=f"Type of the weights: {', '.join(values.DTYPES)}. Default: as the loader decides.",
+    )
+    size: Bytes | None = Field(
+        default=None,
+        description=(
+            "Weights and buffers, a size, if you know it: with it the first load is planned like any other. "
+            "Default: read from the files' headers, or measured by the first load."
+        ),
+    )
+    workspace: Bytes | None = Field(
+        default=None,
+        description="What it needs beside its weights while it runs (activations, KV cache), a size. Default: nothing.",
+    )
+    pin: Annotated[
+        Tier | None,
+        PlainValidator(values.member_of((Tier.VRAM, Tier.RAM))),
+        WithJsonSchema(_words("vram", "ram")),
+    ] = Field(
+        default=None,
+        description='Never give it up from this tier: "vram" or "ram". Default: not pinned.',
+    )
+    priority: Annotated[
+        Priority,
+        PlainValidator(values.member_of(tuple(Priority))),
+        WithJsonSchema(_words(*map(str, Priority))),
+    ] = Field(
+        default=Priority.NORMAL,
+        description='"low" copies go before "normal" (default), those before "high".',
+    )
+    idle: Idle = Field(
+        default=None,
+        description='Park it after this long without use: "10m", or "never". Default: policy.idle.',
+    )
+    concurrency: Concurrency | None = Field(
+        default=None,
+        description='Leases at a time, or "unlimited". Default: 1 for pipelines, unlimited for modules.',
+    )
+    reload: Flag = Field(
+        default=False,
+        description="The loader may be called again to read the weights again. Default false.",
+    )
+    on_write: Annotated[
+        OnWrite,
+        PlainValidator(values.member_of(tuple(OnWrite))),
+        WithJsonSchema(_words(*map(str, OnWrite))),
+    ] = Field(
+        default=OnWrite.WRITEBACK,
+        description=(
+            'Weights that were written to are given up only after a "writeback" (default); or the eviction is '
+            'a "refuse"d, or the writes are "discard"ed.'
+        ),
+    )
+
+
+class Settings(Section):
+    """A whole configuration."""
+
+    version: Annotated[int, PlainValidator(values.read_version), WithJsonSchema({"const": 1})] = Field(
+        default=1, description="Version of this format. Default 1."
+    )
+    device: Annotated[str, PlainValidator(values.read_device), WithJsonSchema(_DEVICE_JSON)] = Field(
+        default="auto",
+        description=(
+            "Where models run: cuda:N, simulated (no GPU needed), host_only (RAM is the top tier), or auto (default): "
+            "cuda:0 if there is one, host_only if not."
+        ),
+    )
+    budgets: Annotated[BudgetSettings, BeforeValidator(_no_null)] = Field(
+        default=BudgetSettings(), description="Bytes each tier may hold."
+    )
+    policy: Annotated[PolicySettings, BeforeValidator(_no_null)] = Field(
+        default=PolicySettings(), description="What goes first, and when."
+    )
+    preload: Annotated[tuple[Name, ...], BeforeValidator(_no_null_list)] = Field(
+        default=(), description="Models to bring up at start, in this order. Default: none."
+    )
+    roots: Annotated[tuple[PathText, ...], BeforeValidator(_no_null_list)] = Field(
+        default=(),
+        description=(
+            "Folders that models may be read from, beside the folder of this file. Relative to this file. Default: none."
+        ),
+    )
+    image_dir: PathText | None = Field(
+        default=None,
+        description="Folder for image files (budgets.disk), relative to this file. Default: the user's cache folder.",
+    )
+    segment: Segment = Field(
+        default=64 << 20, description='Unit of moving, a size, a multiple of 512 bytes. Default "64MiB".'
+    )
+    max_waiters: Count = Field(
+        default=512, description="Callers that may wait at a time; one more is refused. Default 512."
+    )
+    lease_sites: Flag = Field(
+        default=False,
+        description="Remember where each lease was taken, for messages. Makes a hit slower. Default false.",
+    )
+    progress: Flag = Field(
+        default=True,
+        description="Show a bar for loads and moves of more than 2 s, on a terminal or in a notebook. Default true.",
+    )
+    simulated: Annotated[SimulatedSettings, BeforeValidator(_no_null)] = Field(
+        default=SimulatedSettings(), description="The simulated device; read with device: simulated."
+    )
+    models: Annotated[Mapping[Name, ModelSettings], BeforeValidator(_no_null), AfterValidator(_frozen)] = Field(
+        default=MappingProxyType({}), description="The models, by name."
+    )

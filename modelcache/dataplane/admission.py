@@ -1,0 +1,223 @@
+"""From the loader's object to a loaded model in parts; what cannot be moved is refused here, in words.
+
+A storage that a loaded model already brought in stays in its part, which the new model lists whole; the rest forms one
+part of its own. Nothing is copied.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+
+import torch
+
+from modelcache.dataplane import adapters
+from modelcache.dataplane.image import View, lay_out
+from modelcache.dataplane.inventory import (
+    Found,
+    Reader,
+    Slot,
+    Walk,
+    group,
+    refusal_of,
+    storage_key,
+    view_from,
+    walk,
+)
+from modelcache.dataplane.loaded import LoadedModel
+from modelcache.dataplane.parts import Member, Part
+from modelcache.dataplane.source import Built, Source
+from modelcache.errors import LoaderError
+from modelcache.spec import ModelSpec
+
+_counter = itertools.count(1)
+# A part may move between being found and being locked; after that many rounds somebody moves it all the time.
+_ROUNDS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Admits models.
+
+    Args:
+        segment_bytes: About how large a segment is.
+        make_lock: Where locks come from.
+    """
+
+    segment_bytes: int
+    make_lock: Callable[[], AbstractContextManager[object]]
+
+    def admit(self, spec: ModelSpec, built: Built, known: Callable[[], Iterable[Part]]) -> LoadedModel:
+        """Lay a model out and join it to the parts that it shares.
+
+        Args:
+            spec: As registered.
+            built: What the loader made, whole.
+            known: The parts of all loaded models, read anew in each round.
+
+        Raises:
+            LoaderError: Something cannot be moved.
+        """
+        modules = _modules_of(spec, built.model)
+        found = walk(modules)
+        for slot in found.slots:
+            if (reason := refusal_of(slot)) is not None:
+                raise _broken(spec, reason)
+        _require_data(spec, found, built.source)
+        for _ in range(_ROUNDS):
+            shared = _shared(found.slots, known())
+            with ExitStack() as stack:
+                for part in sorted({each.part for each in shared.values()}, key=lambda part: part.id):
+                    stack.enter_context(part.lock)
+                if _shared(found.slots, known()) == shared:
+                    return self._join(spec, built, modules, found, shared)
+        raise _broken(spec, "returned tensors of another loaded model that is on the move; lease that model meanwhile")
+
+    def _join(
+        self,
+        spec: ModelSpec,
+        built: Built,
+        modules: Mapping[str, torch.nn.Module],
+        found: Walk,
+        shared: dict[int, _Share],
+    ) -> LoadedModel:
+        own = [slot for slot in found.slots if id(slot.tensor) not in shared]
+        try:
+            storages = group(own)
+            members = [share.member(slot, spec.name) for slot, share in _with(found.slots, shared)]
+        except ValueError as error:
+            raise _broken(spec, f"returned a model that cannot be laid out: {error}") from error
+        parts: list[Part] = []
+        for slot in found.slots:
+            if id(slot.tensor) in shared:
+                parts.append(shared[id(slot.tensor)].part)
+            elif slot.tensor.numel() and storages:
+                parts.append(self._part(spec, built.source, storages))
+                storages = []
+        distinct = tuple({part.id: part for part in parts}.values())
+        model = LoadedModel(
+            spec=spec,
+            model=built.model,
+            modules=modules,
+            parts=distinct,
+            names={slot.name: slot.tensor for slot in found.slots},
+            wrappers=found.wrappers,
+            empties=[slot for slot in own if not slot.tensor.numel()],
+            idea=adapters.remember(built.model),
+            lock=self.make_lock(),
+        )
+        try:
+            for part in distinct:
+                part.policies[spec.name] = spec.on_write
+            for part, member in members:
+                part.add(member)
+            model.guard(found)
+        except BaseException:
+            model.unguard()
+            for part in distinct:
+                part.leave(spec.name)
+            raise
+        return model
+
+    def _part(self, spec: ModelSpec, source: Source | None, storages: list[Found]) -> Part:
+        image = lay_out([storage.size_bytes for storage in storages], self.segment_bytes)
+        names: tuple[dict[str, View], ...] = tuple(
+            {reader.slot.name: reader.view for reader in storage.readers} for storage in storages
+        )
+        part = Part(f"{spec.name}#{next(_counter)}", spec.name, image, names, source, self.make_lock())
+        for index, storage in enumerate(storages):
+            for reader in storage.readers:
+                part.add(_member(reader, index, spec.name))
+        return part
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """Where a tensor lies in a part that is there already; `start` is the address of its storage."""
+
+    part: Part
+    storage: int
+    start: int | None
+
+    def member(self, slot: Slot, model: str) -> tuple[Part, Member]:
+        known = self.part.members.get(id(slot.tensor))
+        if known is not None:
+            return self.part, Member(slot.name, slot.tensor, known.storage, known.view, {model})
+        assert self.start is not None
+        view = view_from(slot, self.start)
+        if view.offset_bytes + view.extent_bytes > self.part.image.storages[self.storage].size_bytes:
+            raise ValueError(f"tensor {slot.name!r} reaches beyond the memory it shares with {self.part.model!r}")
+        return self.part, Member(slot.name, slot.tensor, self.storage, view, {model})
+
+
+def _with(slots: list[Slot], shared: Mapping[int, _Share]) -> Iterable[tuple[Slot, _Share]]:
+    return ((slot, shared[id(slot.tensor)]) for slot in slots if id(slot.tensor) in shared)
+
+
+def _shared(slots: list[Slot], parts: Iterable[Part]) -> dict[int, _Share]:
+    """Which tensors lie in known parts: the same object, or memory inside one of their storages."""
+    parts = list(parts)
+    by_object = {key: part for part in parts for key in list(part.members)}
+    ranges = sorted((each for part in parts for each in _ranges(part)), key=lambda each: each[:3])
+    shares: dict[int, _Share] = {}
+    for slot in slots:
+        tensor = slot.tensor
+        member = by_object[id(tensor)].members.get(id(tensor)) if id(tensor) in by_object else None
+        if member is not None:
+            shares[id(tensor)] = _Share(by_object[id(tensor)], member.storage, None)
+        elif tensor.numel() and not tensor.is_meta:
+            at = bisect.bisect_right(
+                ranges, (str(tensor.device), tensor.data_ptr(), sys.maxsize), key=lambda each: each[:3]
+            )
+            if at and ranges[at - 1][0] == str(tensor.device) and tensor.data_ptr() < ranges[at - 1][2]:
+                shares[id(tensor)] = ranges[at - 1][3]
+    return shares
+
+
+def _ranges(part: Part) -> Iterator[tuple[str, int, int, _Share]]:
+    """Device, start, stop of each storage of a part that is in memory."""
+    for index, place in enumerate(part.image.storages):
+        copy = part.counts(place.segment)
+        if copy is not None:
+            device, start = copy.memory.device, copy.memory.data_ptr() + place.offset_bytes
+        elif part.with_loader[place.segment] and part.readers[index] and not part.readers[index][0].tensor.is_meta:
+            member = part.readers[index][0]
+            device, start = member.tensor.device, member.tensor.data_ptr() - member.view.offset_bytes
+        else:
+            continue
+        yield str(device), start, start + place.size_bytes, _Share(part, index, start)
+
+
+def _member(reader: Reader, storage: int, model: str) -> Member:
+    return Member(reader.slot.name, reader.slot.tensor, storage, reader.view, {model})
+
+
+def _modules_of(spec: ModelSpec, model: object) -> Mapping[str, torch.nn.Module]:
+    try:
+        modules = adapters.modules_of(model)
+        reason = adapters.refusal(model)
+    except TypeError as error:
+        raise _broken(spec, f"returned something that cannot be cached: {error}") from error
+    if (place := adapters.handle_in(model)) is not None:
+        raise _broken(spec, f"returned a handle of a registered model{f' at {place!r}' if place else ''}, not a model")
+    if reason is not None:
+        raise _broken(spec, f"returned a model that cannot be moved: {reason}")
+    return modules
+
+
+def _require_data(spec: ModelSpec, found: Walk, source: Source | None) -> None:
+    """Every tensor without data must be one that the source fills, itself or through a tensor it is tied to."""
+    offered = frozenset() if source is None else source.names()
+    filled = {storage_key(slot.tensor) for slot in found.slots if slot.tensor.is_meta and slot.name in offered}
+    missing = [slot.name for slot in found.slots if slot.tensor.is_meta and storage_key(slot.tensor) not in filled]
+    if missing:
+        shown = ", ".join(repr(name) for name in missing[:4]) + (f" and {len(missing) - 4} more" if missing[4:] else "")
+        raise _broken(spec, f"returned a model with tensors on meta that no source can fill: {shown}")
+
+
+def _broken(spec: ModelSpec, problem: str) -> LoaderError:
+    return LoaderError(spec.name, str(spec.loader), problem)

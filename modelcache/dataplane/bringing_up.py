@@ -1,0 +1,43 @@
+"""What the upper tiers receive: RAM from disk or the loader, VRAM from RAM.
+
+Everything new is built first and handed to the part in one step; what raises has changed nothing. `then` is called in
+that step, and undone with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from modelcache.dataplane import staging
+from modelcache.dataplane.copies import Done, NewCopies, Tiers, give_up
+from modelcache.dataplane.parts import Part
+from modelcache.move import Move
+
+
+def stage(part: Part, move: Move, tiers: Tiers, tell: Callable[[int], None], then: Callable[[], None]) -> Done:
+    """RAM receives tail segments."""
+    segments = range(move.after.ram, move.before.ram)
+    with NewCopies(tiers, part.image) as new:
+        staging.fill(part, new, tiers, segments, tell)
+        part.install(list(part.vram), [new.ram.get(s, copy) for s, copy in enumerate(part.ram)], then)
+        new.keep()
+    for segment in segments:
+        part.with_loader[segment] = False
+    return Done(sum(part.image.segments[s].size_bytes for s in segments))
+
+
+def promote(part: Part, move: Move, tiers: Tiers, tell: Callable[[int], None], then: Callable[[], None]) -> Done:
+    """VRAM receives the segments it lacks, in order; RAM may give up head segments in the same step."""
+    with NewCopies(tiers, part.image) as new:
+        for segment in range(move.before.vram, move.after.vram):
+            source = part.ram[segment]
+            assert source is not None
+            new.add_vram(segment)
+            new.copy_in(segment, source)
+        copied = new.land(tell)
+        ram = [copy if s >= move.after.ram else None for s, copy in enumerate(part.ram)]
+        gone = part.install([new.vram.get(s, copy) for s, copy in enumerate(part.vram)], ram, then)
+        new.keep()
+    for copy in gone:
+        give_up(tiers, copy)
+    return Done(copied)

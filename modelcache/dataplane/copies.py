@@ -1,0 +1,156 @@
+"""One segment's bytes on one tier, and the tensors laid over them.
+
+Not here: when a copy is made or given up. `NewCopies` is how a move builds everything before it changes anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+
+from modelcache.dataplane.blocks import RamBlocks, RamPiece
+from modelcache.dataplane.device.protocol import Device, DeviceEvent
+from modelcache.dataplane.image import View, WeightImage
+from modelcache.dataplane.image_files import ImageFiles
+
+
+@dataclass(frozen=True, slots=True)
+class Tiers:
+    """What the tiers are made of. `files` is `None` where there is no directory for image files."""
+
+    device: Device
+    blocks: RamBlocks
+    files: ImageFiles | None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a move did; `written` says that writes were found and are kept."""
+
+    copied_bytes: int
+    written: bool = False
+
+
+class Copy:
+    """The bytes of one segment on one tier.
+
+    Each storage of the layout has a torch storage of its own over its range, made once and shared by all views of it.
+
+    Attributes:
+        memory: The whole segment, flat uint8.
+        piece: Its RAM piece; `None` on the device.
+    """
+
+    __slots__ = ("_image", "_open", "_storages", "_views", "memory", "piece")
+
+    def __init__(
+        self,
+        image: WeightImage,
+        memory: torch.Tensor,
+        piece: RamPiece | None,
+        open_storage: Callable[[int, int], torch.Tensor],
+    ) -> None:
+        self._image, self.memory, self.piece, self._open = image, memory, piece, open_storage
+        self._storages: dict[int, torch.Tensor] = {}
+        self._views: dict[tuple[int, View], torch.Tensor] = {}
+
+    def storage(self, index: int) -> torch.Tensor:
+        """Storage `index` of the layout, flat uint8 with a torch storage of its own."""
+        if index not in self._storages:
+            place = self._image.storages[index]
+            self._storages[index] = self._open(place.offset_bytes, place.size_bytes)
+        return self._storages[index]
+
+    def view(self, index: int, view: View) -> torch.Tensor:
+        """One tensor over storage `index`, the same object each time."""
+        key = (index, view)
+        if key not in self._views:
+            self._views[key] = view.over(self.storage(index))
+        return self._views[key]
+
+
+class NewCopies:
+    """Copies that a move makes before it changes anything; given up, all of them, unless `keep` is called.
+
+    Leaving the block waits for every copy under way first: memory is never released below one.
+    """
+
+    def __init__(self, tiers: Tiers, image: WeightImage) -> None:
+        self._tiers, self._image = tiers, image
+        self.ram: dict[int, Copy] = {}
+        self.vram: dict[int, Copy] = {}
+        self._under_way: list[tuple[DeviceEvent, int]] = []
+        self._kept = False
+
+    def __enter__(self) -> NewCopies:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._kept:
+            return
+        for event, _ in self._under_way:
+            # Whatever it failed with: only that it is over matters now.
+            with contextlib.suppress(Exception):
+                event.wait()
+        for copy in self.ram.values():
+            give_up(self._tiers, copy)
+        self.ram.clear()
+        self.vram.clear()
+
+    def keep(self) -> None:
+        """The move is committed: its copies belong to the part now."""
+        self._kept = True
+
+    def add_ram(self, segment: int) -> Copy:
+        """A zeroed RAM piece for a segment."""
+        self.ram[segment] = ram_copy(self._tiers, self._image, segment)
+        return self.ram[segment]
+
+    def add_vram(self, segment: int) -> Copy:
+        """Device memory for a segment, uninitialized."""
+        self.vram[segment] = device_copy(self._tiers, self._image, segment)
+        return self.vram[segment]
+
+    def copy_in(self, segment: int, source: Copy) -> None:
+        """Enqueue the copy of a segment from RAM to its new device memory."""
+        event = self._tiers.device.copy_in(self.vram[segment].memory, source.memory)
+        self._under_way.append((event, source.memory.numel()))
+
+    def copy_out(self, target: Copy, source: Copy) -> None:
+        """Enqueue the copy of a segment from the device to RAM."""
+        event = self._tiers.device.copy_out(target.memory, source.memory)
+        self._under_way.append((event, source.memory.numel()))
+
+    def land(self, tell: Callable[[int], None]) -> int:
+        """Wait for all copies enqueued, in order, telling the bytes of each; returns their sum."""
+        landed = 0
+        while self._under_way:
+            event, size_bytes = self._under_way[0]
+            event.wait()
+            del self._under_way[0]
+            landed += size_bytes
+            tell(size_bytes)
+        return landed
+
+
+def ram_copy(tiers: Tiers, image: WeightImage, segment: int) -> Copy:
+    """A copy of a segment over a new RAM piece."""
+    piece = tiers.blocks.allocate(image.segments[segment].size_bytes)
+    return Copy(image, piece.memory, piece, piece.storage)
+
+
+def device_copy(tiers: Tiers, image: WeightImage, segment: int) -> Copy:
+    """A copy of a segment over new device memory."""
+    device = tiers.device
+    memory = device.allocate(image.segments[segment].size_bytes)
+    return Copy(image, memory, None, lambda offset, size: device.storage(memory, offset, size))
+
+
+def give_up(tiers: Tiers, copy: Copy) -> None:
+    """Release a copy that no tensor of a model points at any more. Device memory goes with its last reference."""
+    if copy.piece is not None:
+        tiers.blocks.release(copy.piece)

@@ -1,0 +1,144 @@
+"""What a user did to a model's structure behind our back, found before its bytes are moved.
+
+Tensors that were moved (``model.to(...)``) or exchanged for others of the same shape and type are taken back in: their
+bytes are copied to where the part's bytes are, and they point there again. That counts as a write. Tensors that were
+added, removed or changed in shape or type cannot be; they are named, and nothing is touched.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from modelcache.dataplane.inventory import Slot, walk
+from modelcache.dataplane.loaded import LoadedModel
+from modelcache.dataplane.parts import Member, Part, point
+from modelcache.errors import MoveError
+from modelcache.move import Move
+
+_SHOWN = 4
+
+
+def take_back(model: LoadedModel, part: Part, move: Move) -> None:
+    """Compare a model with what is known of it and adopt what moved, as far as it lies in `part`.
+
+    Raises:
+        MoveError: Its structure changed; the error names the tensors.
+    """
+    with model.lock:
+        _adopt_exchanged(model, part, move)
+    strays = [
+        member for member in part.members.values() if model.spec.name in member.holders and _strayed(part, member)
+    ]
+    if not strays:
+        return
+    problems = [problem for problem in (_unlike(part, member) for member in strays) if problem is not None]
+    if problems:
+        raise _drifted(model, move, problems)
+    for member in strays:
+        copy = part.counts(part.image.storages[member.storage].segment)
+        assert copy is not None
+        copy.view(member.storage, member.view).copy_(member.tensor.detach())
+        point(member, copy)
+
+
+def _adopt_exchanged(model: LoadedModel, part: Part, move: Move) -> None:
+    found = walk(model.modules)
+    waiting: dict[str, torch.Tensor] = {}
+    for old, slot in _exchanged(model, found.slots, move):
+        if any(id(old) in other.members for other in model.parts if other is not part):
+            waiting[slot.name] = old  # another part's, which may be on its way: adopted when that one moves
+        else:
+            _adopt(model, part, old, slot)
+    model.names = {slot.name: slot.tensor for slot in found.slots} | waiting
+    model.wrappers = found.wrappers
+
+
+def _exchanged(model: LoadedModel, slots: list[Slot], move: Move) -> list[tuple[torch.Tensor, Slot]]:
+    """Old tensor and new slot for each that was exchanged; refuses every other difference."""
+    known = {id(tensor) for tensor in model.names.values()}
+    present = {id(slot.tensor) for slot in slots}
+    if known == present:
+        return []
+    problems: list[str] = []
+    successor: dict[int, torch.Tensor] = {}
+    exchanged: dict[int, tuple[torch.Tensor, Slot]] = {}
+    for slot in slots:
+        if id(slot.tensor) in known:
+            continue
+        old = model.names.get(slot.name)
+        if old is None:
+            problems.append(f"{slot.name!r} was added")
+        elif id(old) in present or successor.setdefault(id(old), slot.tensor) is not slot.tensor:
+            problems.append(f"{slot.name!r} was tied to another tensor and is not any more")
+        else:
+            exchanged[id(slot.tensor)] = (old, slot)
+    gone = known - present - successor.keys()
+    problems += [f"{name!r} was removed" for name, tensor in model.names.items() if id(tensor) in gone]
+    if problems:
+        raise _drifted(model, move, problems)
+    return list(exchanged.values())
+
+
+def _adopt(model: LoadedModel, part: Part, old: torch.Tensor, slot: Slot) -> None:
+    """Let the new tensor object take the place of the old one."""
+    member = part.members.get(id(old))
+    if member is not None:
+        part.drop(member, model.spec.name)
+        part.add(Member(slot.name, slot.tensor, member.storage, member.view, {model.spec.name}))
+    for i, empty in enumerate(model.empties):
+        if empty.tensor is old:
+            model.empties[i] = slot
+
+
+def _strayed(part: Part, member: Member) -> bool:
+    """Whether a tensor does not point where the part put it."""
+    segment = part.image.storages[member.storage].segment
+    copy = part.counts(segment)
+    tensor, view = member.tensor, member.view
+    if copy is None and not part.with_loader[segment]:
+        return tensor.numel() > 0
+    if tensor.dtype != view.dtype or tuple(tensor.shape) != view.shape:
+        return True
+    if copy is None:
+        return False
+    expected = copy.view(member.storage, view)
+    return (
+        tensor.data_ptr() != expected.data_ptr()
+        or tensor.stride() != expected.stride()
+        or tensor.device != expected.device
+    )
+
+
+def _unlike(part: Part, member: Member) -> str | None:
+    """Why the bytes of a stray cannot be taken back, or `None` when they can."""
+    tensor, view = member.tensor, member.view
+    if tensor.dtype != view.dtype:
+        return f"{member.name!r} was changed from {view.dtype} to {tensor.dtype}"
+    if tuple(tensor.shape) != view.shape:
+        return f"{member.name!r} was changed from shape {view.shape} to {tuple(tensor.shape)}"
+    if tensor.is_meta:
+        return f"{member.name!r} was moved to meta and has no data any more"
+    if part.counts(part.image.storages[member.storage].segment) is None:
+        return f"{member.name!r} was given data while the model was on disk"
+    return None
+
+
+def _drifted(model: LoadedModel, move: Move, problems: list[str]) -> MoveError:
+    more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    problem = (
+        f"its structure changed since it was loaded: {'; '.join(problems[:_SHOWN])}{more}; nothing was given up: "
+        "unregister it and register it again to cache it as it is now"
+    )
+    source, target = ends(move)
+    return MoveError(model.spec.name, source, target, problem)
+
+
+def ends(move: Move) -> tuple[str, str]:
+    """The tiers a move goes between, for errors."""
+    return {
+        "stage": ("disk", "ram"),
+        "promote": ("ram", "vram"),
+        "trim": ("vram", "ram"),
+        "shed": ("ram", "vram"),
+        "evict": ("ram" if move.before.vram == 0 else "vram", "disk"),
+    }[str(move.kind)]

@@ -1,0 +1,146 @@
+"""One loaded model: the loader's object, its parts, and the guard that refuses a forward while it is away."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from modelcache.dataplane import adapters
+from modelcache.dataplane.inventory import Slot, Walk, Wrapper, slots_of
+from modelcache.dataplane.parts import Part
+from modelcache.errors import ModelNotResidentError
+from modelcache.spec import ModelSpec
+
+_CPU = torch.device("cpu")
+
+
+class ResidencyGuard:
+    """A forward pre-hook of a root module: one attribute test while its parts are on the top tier, an error else."""
+
+    __slots__ = ("name", "resident")
+
+    def __init__(self, name: str, resident: bool = False) -> None:
+        self.name, self.resident = name, resident
+
+    def __call__(self, module: torch.nn.Module, args: object) -> None:
+        """Refuse the forward of a model that is away.
+
+        Raises:
+            ModelNotResidentError: Always, while `resident` is false.
+        """
+        if not self.resident:
+            raise ModelNotResidentError(self.name)
+
+    def __reduce__(self) -> tuple[type[ResidencyGuard], tuple[str, bool]]:
+        # A pickled or deep-copied module is nobody's to move.
+        return (ResidencyGuard, (self.name, True))
+
+
+@dataclass(slots=True, eq=False)
+class Root:
+    """One module of a model, the parts its tensors lie in, and its guard; TorchScript modules take no hook."""
+
+    module: torch.nn.Module
+    parts: tuple[Part, ...]
+    guard: ResidencyGuard
+    hook: RemovableHandle | None
+
+
+@dataclass(slots=True, eq=False)
+class LoadedModel:
+    """What the mover knows of a model that was loaded.
+
+    Attributes:
+        spec: As registered.
+        model: The loader's object.
+        modules: Its modules by component.
+        parts: Where its bytes are, in first-use order; none when it has no bytes.
+        names: The tensor object behind each full name, as the last look found it.
+        wrappers: Tensor subclasses that must follow their inner tensors.
+        empties: Tensors without elements: they have no bytes, but a device.
+        idea: Where the object believed to be when it was loaded.
+        roots: Its modules with their guards.
+        lock: Guards `names`, `wrappers`, `empties`, `device` and the guards' flags. Taken below the lock of a part,
+            never the other way round.
+        device: Where the object was last told that it is.
+    """
+
+    spec: ModelSpec
+    model: object
+    modules: Mapping[str, torch.nn.Module]
+    parts: tuple[Part, ...]
+    names: dict[str, torch.Tensor]
+    wrappers: list[Wrapper]
+    empties: list[Slot]
+    idea: adapters.DeviceIdea
+    lock: AbstractContextManager[object]
+    roots: list[Root] = field(default_factory=list)
+    device: torch.device | None = None
+
+    def guard(self, found: Walk) -> None:
+        """Put a guard on every root module; nothing is resident yet."""
+        for component, module in self.modules.items():
+            prefix = f"{component}." if component else ""
+            inside = {id(slot.tensor) for slot in found.slots if slot.name.startswith(prefix)}
+            parts = tuple(part for part in self.parts if not inside.isdisjoint(part.members))
+            guard = ResidencyGuard(self.spec.name)
+            scripted = isinstance(module, torch.jit.ScriptModule)
+            hook = None if scripted else module.register_forward_pre_hook(guard, prepend=True)
+            self.roots.append(Root(module, parts, guard, hook))
+
+    def unguard(self) -> None:
+        """Take the guards off."""
+        for root in self.roots:
+            if root.hook is not None:
+                root.hook.remove()
+        self.roots.clear()
+
+    def settle_in(self, top: torch.device, holds_copies: bool) -> None:
+        """After a part changed: guards, wrappers, empty tensors and the object's own idea of its device follow.
+
+        Args:
+            top: The device of the top tier.
+            holds_copies: The top tier is VRAM, not RAM.
+        """
+        with self.lock:
+            self._settle_in(top, holds_copies)
+
+    def _settle_in(self, top: torch.device, holds_copies: bool) -> None:
+        for root in self.roots:
+            root.guard.resident = all(is_on_top(part, holds_copies) for part in root.parts)
+        resident = all(is_on_top(part, holds_copies) for part in self.parts)
+        self._follow()
+        device = top if resident else _CPU
+        if device != self.device:
+            self.device = None  # neither, should one of these fail
+            for slot in self.empties:
+                _move_empty(slot.tensor, device)
+            adapters.point_at(self.model, device)
+            self.device = device
+
+    def _follow(self) -> None:
+        for wrapper in self.wrappers:
+            inner = [slot.tensor for slot in slots_of(wrapper)]
+            # The inner tensors of a model on disk have no shape to build an outer one over; those of one that is half
+            # way are in two places. Both are behind the guard.
+            if len({tensor.device for tensor in inner}) == 1 and not self._is_away(inner):
+                wrapper.follow()
+
+    def _is_away(self, inner: list[torch.Tensor]) -> bool:
+        members = (part.members.get(id(tensor)) for part in self.parts for tensor in inner)
+        return any(member is not None and tuple(member.tensor.shape) != member.view.shape for member in members)
+
+
+def is_on_top(part: Part, holds_copies: bool) -> bool:
+    """Whether the whole part is where its models run."""
+    copies = part.vram if holds_copies else part.ram
+    return all(copy is not None for copy in copies)
+
+
+def _move_empty(tensor: torch.Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        tensor.data = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)

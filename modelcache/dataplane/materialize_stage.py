@@ -1,0 +1,303 @@
+"""Make every new tensor of a model, beside the model: reading, casting, moving. Nothing is written into the model."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from modelcache.dataplane import accelerate_state as state
+from modelcache.dataplane.materialize_files import (
+    FileBytes,
+    FileProblemError,
+    Headers,
+    Wanted,
+    batches,
+    find_dat,
+    read_batch,
+)
+from modelcache.dataplane.materialize_journal import Entry, Memory, Swap
+from modelcache.dataplane.materialize_plan import Plan, Unit
+from modelcache.dataplane.materialize_rewrap import as_buffer, as_parameter, as_quantized, is_bitsandbytes
+from modelcache.dataplane.materialize_slots import is_wrapper, size_bytes
+from modelcache.errors import MaterializeError
+
+Report = Callable[[int, int, str], None]
+
+
+@dataclass(slots=True)
+class Staged:
+    """What is ready to be put in.
+
+    Attributes:
+        tensors: For each unit the tensor that its slots will hold; a live tensor stays the same object.
+        memory: For live tensors that change device, their memory there.
+        swaps: Further writes that belong to the new tensors.
+    """
+
+    tensors: dict[Unit, torch.Tensor] = field(default_factory=dict)
+    memory: dict[Unit, Memory] = field(default_factory=dict)
+    swaps: list[Swap] = field(default_factory=list)
+
+    def content(self, unit: Unit) -> torch.Tensor:
+        """The tensor whose bytes the unit will have."""
+        return self.memory[unit].after if unit in self.memory else self.tensors[unit]
+
+
+def needs_move(unit: Unit, target: torch.device) -> bool:
+    """Whether a live tensor is elsewhere than on the target."""
+    return unit.is_live and not is_lazy(unit.tensor) and unit.tensor.device != target
+
+
+def is_shared(unit: Unit, target: torch.device, *, always_copy: bool) -> bool:
+    """Whether the model can use the very memory in which the dispatch holds the data."""
+    kept = unit.found
+    if always_copy or not isinstance(kept, state.KeptTensor):
+        return False
+    tensor = kept.tensor
+    # A tensor made in inference mode could not be trained or written to later.
+    return tensor.device == target and tensor.dtype == unit.tensor.dtype and not tensor.is_inference()
+
+
+def needed_bytes(plan: Plan, target: torch.device, *, always_copy: bool) -> dict[Unit, int]:
+    """The bytes that each unit will newly take on the target; units that take none are left out."""
+    loading = {unit: size_bytes(unit.tensor) for unit in plan.loads if not is_shared(unit, target, always_copy=always_copy)}
+    moving = {unit: size_bytes(unit.tensor) for unit in plan.live if needs_move(unit, target)}
+    return {unit: size for unit, size in (loading | moving).items() if size}
+
+
+class Stager:
+    """Makes the tensors of one plan."""
+
+    def __init__(self, plan: Plan, target: torch.device, *, always_copy: bool, num_workers: int) -> None:
+        self._plan = plan
+        self._target = target
+        self._always_copy = always_copy
+        self._num_workers = num_workers
+        self._staged = Staged()
+
+    def run(self, report: Report | None) -> Staged:
+        """Make everything.
+
+        Args:
+            report: Told after each tensor: bytes done, bytes in all, its name. What it raises stops the work.
+
+        Raises:
+            MaterializeError: A file or mapping did not give its tensor.
+            torch.OutOfMemoryError: The target has no room.
+        """
+        self._refuse_movers()
+        total_bytes = sum(size_bytes(unit.tensor) for unit in self._plan.loads)
+        total_bytes += sum(size_bytes(unit.tensor) for unit in self._plan.live if needs_move(unit, self._target))
+        done_bytes = 0
+        self._staged.tensors = {unit: unit.tensor for unit in self._plan.live}
+        # The device context shields from a default device of meta, in which the caller may well be.
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+            for unit in self._each():
+                done_bytes += size_bytes(unit.tensor)
+                if report is not None:
+                    report(done_bytes, total_bytes, unit.name)
+        return self._staged
+
+    def _refuse_movers(self) -> None:
+        moving = [unit for unit in self._plan.live if needs_move(unit, self._target)]
+        fixed = tuple(unit.name for unit in moving if is_bitsandbytes(unit.tensor))
+        if fixed:
+            raise MaterializeError(
+                fixed,
+                f"bitsandbytes quantizes weights when they change device, so these cannot go to {self._target}; "
+                f"use target_device={str(self._plan_device(fixed))!r}",
+            )
+
+    def _plan_device(self, names: tuple[str, ...]) -> torch.device:
+        return next(unit.tensor.device for unit in self._plan.live if unit.name == names[0])
+
+    def _each(self) -> Iterator[Unit]:
+        """Stage unit after unit."""
+        yield from self._from_memory([unit for unit in self._plan.loads if isinstance(unit.found, state.KeptTensor)])
+        for unit in self._plan.loads:
+            if isinstance(unit.found, state.KeptElsewhere):
+                self._finish(unit, _ask(unit, unit.found))
+                yield unit
+        yield from self._from_files([unit for unit in self._plan.loads if isinstance(unit.found, FileBytes)])
+        yield from self._live([unit for unit in self._plan.live if needs_move(unit, self._target)])
+
+    def _from_memory(self, units: Sequence[Unit]) -> Iterator[Unit]:
+        alone: list[Unit] = []
+        together: list[Unit] = []
+        for unit in units:
+            tensor = _kept_tensor(unit)
+            if is_shared(unit, self._target, always_copy=self._always_copy):
+                self._finish(unit, tensor.detach())
+                yield unit
+            elif tensor.dtype != unit.tensor.dtype or is_wrapper(tensor) or tensor.layout != torch.strided:
+                alone.append(unit)
+            else:
+                together.append(unit)
+        for unit in alone:
+            tensor = _kept_tensor(unit).detach()
+            if not is_wrapper(tensor):
+                tensor = tensor.to(self._target, unit.tensor.dtype, copy=True)
+            self._finish(unit, tensor.to(self._target))
+            yield unit
+        for unit, value in relocated([(unit, _kept_tensor(unit)) for unit in together], self._target):
+            self._finish(unit, value)
+            yield unit
+
+    def _from_files(self, units: Sequence[Unit]) -> Iterator[Unit]:
+        wanted: list[Wanted] = []
+        for key, unit in enumerate(units):
+            place = unit.found
+            assert isinstance(place, FileBytes)
+            stride = _stride_for(unit.tensor, place.shape)
+            wanted.append(Wanted(key, place, unit.tensor.dtype, stride))
+        for key, value in _read_all(batches(wanted), self._num_workers):
+            unit = units[key]
+            if isinstance(value, FileProblemError):
+                raise MaterializeError((unit.name,), str(value)) from value
+            self._finish(unit, value.to(self._target))
+            yield unit
+
+    def _finish(self, unit: Unit, value: torch.Tensor) -> None:
+        slot = unit.slots[0]
+        if not slot.is_parameter:
+            self._staged.tensors[unit] = as_buffer(value, unit.tensor)
+        elif is_bitsandbytes(unit.tensor):
+            parameter = as_quantized(value, unit.tensor, unit.weights, unit.key, fetch)
+            self._staged.tensors[unit] = parameter
+            self._staged.swaps += [
+                Entry(vars(slot.module), "quant_state", vars(slot.module)["quant_state"], vars(parameter)["quant_state"])
+                for slot in unit.slots
+                if "quant_state" in vars(slot.module) and "quant_state" in vars(parameter)
+            ]
+        else:
+            self._staged.tensors[unit] = as_parameter(value, unit.tensor)
+
+    def _live(self, units: Sequence[Unit]) -> Iterator[Unit]:
+        wrapped = [unit for unit in units if is_wrapper(unit.tensor)]
+        for unit in wrapped:
+            # The outer tensor of a wrapper has no memory to point elsewhere: the whole object is replaced.
+            moved = unit.tensor.detach().to(self._target)
+            plain = not unit.slots[0].is_parameter
+            self._staged.tensors[unit] = moved if plain else as_parameter(moved, unit.tensor)
+            yield unit
+        plain_units = [(unit, unit.tensor.detach()) for unit in units if not is_wrapper(unit.tensor)]
+        for unit, data in relocated(plain_units, self._target):
+            grad = unit.tensor.grad
+            moved_grad = None if grad is None else grad.to(self._target)
+            self._staged.memory[unit] = Memory(unit.tensor, unit.tensor.data, data, grad, moved_grad)
+            yield unit
+
+
+def _kept_tensor(unit: Unit) -> torch.Tensor:
+    assert isinstance(unit.found, state.KeptTensor)
+    return unit.found.tensor
+
+
+def _ask(unit: Unit, kept: state.KeptElsewhere) -> torch.Tensor:
+    try:
+        value = kept.table[kept.key]
+    except Exception as error:
+        # The mapping is somebody's code and may raise anything; the model must hear which tensor it was about.
+        raise MaterializeError((unit.name,), f"the weights mapping of its hook failed with {error!r}") from error
+    if not isinstance(value, torch.Tensor) or value.is_meta or value.shape != unit.tensor.shape:
+        found = f"a tensor {tuple(value.shape)} on {value.device}" if isinstance(value, torch.Tensor) else repr(value)
+        raise MaterializeError((unit.name,), f"the weights mapping of its hook gave {found[:80]}")
+    # It may be a view of anything; what the model gets is its own.
+    return value if is_wrapper(value) else value.detach().to(dtype=unit.tensor.dtype, copy=True)
+
+
+def fetch(kept: state.Kept) -> torch.Tensor:
+    """Read one small stored tensor now, into memory of its own.
+
+    Raises:
+        FileProblemError: The file cannot give it.
+    """
+    match kept:
+        case state.KeptTensor(tensor=tensor):
+            return tensor.detach().clone()
+        case state.KeptElsewhere(table=table, key=key):
+            return torch.as_tensor(table[key]).detach().clone()
+        case state.KeptInSafetensors(path=path, tensor_name=name, dtype=dtype):
+            place = Headers().find(path, name, dtype)
+        case state.KeptInDat(path=path, dtype=dtype, shape=shape):
+            place = find_dat(path, dtype, shape)
+    wanted = Wanted(0, place, place.cast or place.dtype, _contiguous(place.shape))
+    [(_, value)] = read_batch([wanted])
+    if isinstance(value, FileProblemError):
+        raise value
+    return value
+
+
+def _stride_for(placeholder: torch.Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides to give to data of this shape: the placeholder's, when every element has a place of its own."""
+    if tuple(placeholder.shape) != tuple(shape) or placeholder.layout != torch.strided:
+        return _contiguous(shape)
+    if torch.ops.aten.is_non_overlapping_and_dense(placeholder):
+        return placeholder.stride()
+    return _contiguous(shape)
+
+
+def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    stride, step = [], 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(stride))
+
+
+def _read_all(
+    pieces: Sequence[list[Wanted]], num_workers: int
+) -> Iterator[tuple[int, torch.Tensor | FileProblemError]]:
+    if num_workers == 1 or len(pieces) < 2:
+        for piece in pieces:
+            yield from read_batch(piece)
+        return
+    pool = ThreadPoolExecutor(min(num_workers, len(pieces)), thread_name_prefix="modelcache-read")
+    try:
+        ahead: deque[Future[list[tuple[int, torch.Tensor | FileProblemError]]]] = deque()
+        for piece in pieces:
+            # Only so far ahead: a target that takes its time must not fill the RAM with what waits for it.
+            if len(ahead) == 2 * num_workers:
+                yield from ahead.popleft().result()
+            ahead.append(pool.submit(read_batch, piece))
+        while ahead:
+            yield from ahead.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def relocated(
+    tensors: Iterable[tuple[Unit, torch.Tensor]], target: torch.device
+) -> Iterator[tuple[Unit, torch.Tensor]]:
+    """Copies on the target; tensors that share memory are copied together and share it again."""
+    groups: dict[object, list[tuple[Unit, torch.Tensor]]] = {}
+    for unit, tensor in tensors:
+        shares = tensor.layout == torch.strided and tensor.numel() > 0
+        key: object = (tensor.untyped_storage().data_ptr(), str(tensor.device)) if shares else unit
+        groups.setdefault(key, []).append((unit, tensor))
+    for group in groups.values():
+        tensor = group[0][1]
+        place = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype) if len(group) > 1 else None
+        if all((t.storage_offset(), t.shape, t.stride(), t.dtype) == place for _, t in group[1:]):
+            copied = tensor.detach().to(target, copy=True)
+            for unit, _ in group:
+                yield unit, copied
+        else:
+            yield from _with_storage(group, target)
+
+
+def _with_storage(
+    group: Sequence[tuple[Unit, torch.Tensor]], target: torch.device
+) -> Iterator[tuple[Unit, torch.Tensor]]:
+    """Different views of one memory: the memory is copied once and viewed the same ways."""
+    storage = group[0][1].untyped_storage()
+    raw = torch.empty_strided((0,), (1,), dtype=torch.uint8, device=group[0][1].device).set_(storage)
+    copied = raw.to(target, copy=True)
+    for unit, tensor in group:
+        typed = copied[: len(copied) // tensor.element_size() * tensor.element_size()].view(tensor.dtype)
+        yield unit, typed.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())

@@ -1,0 +1,395 @@
+"""TorchMover: carries out one load or one move, whole or not at all.
+
+Its own part is the table of models and parts, their locks, and the words of errors. `admission.py` lays a model out,
+`bringing_up.py` and `giving_up.py` move its parts, `drift.py` looks for what the user changed.
+
+A model without bytes has no parts; nothing of it is ever moved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from modelcache.dataplane import adapters, blocks, bringing_up, giving_up
+from modelcache.dataplane.admission import Admission
+from modelcache.dataplane.copies import Done, Tiers, give_up
+from modelcache.dataplane.device.protocol import Device
+from modelcache.dataplane.drift import ends, take_back
+from modelcache.dataplane.image import SEGMENT_BYTES
+from modelcache.dataplane.image_files import ImageFiles
+from modelcache.dataplane.loaded import LoadedModel
+from modelcache.dataplane.parts import Part
+from modelcache.dataplane.source import Built
+from modelcache.errors import (
+    CacheClosedError,
+    DeviceMemoryError,
+    InvalidTransitionError,
+    LoaderError,
+    ModelCacheError,
+    MoveError,
+    UnknownModelError,
+)
+from modelcache.move import KeptWritten, LoadedFacts, Move, Moved, MoveKind, PartFacts, Residency
+from modelcache.spec import ModelSpec
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldBytes:
+    """What one part holds now, as the allocators charge it."""
+
+    vram: int
+    ram: int
+    image: int
+
+
+class TorchMover:
+    """The data plane's `Mover`.
+
+    Calls for different parts may come from several threads at once.
+
+    Args:
+        device: Of the top tier; closed with the mover.
+        segment_bytes: About how large a segment is.
+        image_dir: Where image files go; `None` for no image files.
+        page_locked_bytes: How much RAM may be page-locked.
+        build: Runs a loader; `modelcache.dataplane.loaders.build` when not given.
+        now_s: Monotonic seconds.
+        make_lock: Where locks come from.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        segment_bytes: int = SEGMENT_BYTES,
+        image_dir: Path | None = None,
+        page_locked_bytes: int = 0,
+        build: Callable[[ModelSpec], Built] | None = None,
+        now_s: Callable[[], float] = time.perf_counter,
+        make_lock: Callable[[], AbstractContextManager[object]] = threading.Lock,
+    ) -> None:
+        files = None if image_dir is None else ImageFiles(image_dir)
+        self._device = device
+        self._tiers = Tiers(device, blocks.RamBlocks(device, page_locked_bytes), files)
+        self._admission = Admission(segment_bytes, make_lock)
+        self._build = build
+        self._now_s = now_s
+        # Guards the two tables and `_closed`. Taken above the locks of parts while a model is admitted, never below.
+        self._admitting = make_lock()
+        self._models: dict[str, LoadedModel] = {}
+        self._parts: dict[str, Part] = {}
+        self._closed = False
+
+    # --- the port ---
+
+    def load(self, spec: ModelSpec, progress: Progress | None = None) -> LoadedFacts:
+        """Run the loader once and lay its bytes out in parts; the bytes stay the loader's until staged.
+
+        Raises:
+            LoaderError: The loader raised or returned something that cannot be cached.
+            MaterializeError: A dispatched model could not be made whole.
+            WeightsError: A file is missing, damaged or of an unsupported kind.
+            CacheClosedError: The mover was closed.
+        """
+        self._require_open()
+        self._require_new(spec)
+        started = self._now_s()
+        built = self._run_loader(spec)
+        with self._admitting, _plain_tensors():
+            self._require_open()
+            self._require_new(spec)
+            model = self._admission.admit(spec, built, lambda: list(self._parts.values()))
+            self._models[spec.name] = model
+            self._parts.update({part.id: part for part in model.parts})
+            model.settle_in(self._device.torch_device, self._device.holds_copies)
+        return LoadedFacts(
+            parts=tuple(self._facts(part) for part in model.parts),
+            concurrency=adapters.default_concurrency(built.model),
+            type_name=adapters.type_name(built.model),
+            seconds=self._now_s() - started,
+        )
+
+    def move(self, move: Move, progress: Progress | None = None) -> Moved | KeptWritten:
+        """Carry out one move.
+
+        Raises:
+            MoveError: The move failed; the part is as `move.before` says.
+            CacheClosedError: The mover was closed.
+        """
+        self._require_open()
+        part = self._part(move)
+        started, allocated = self._now_s(), self._device.allocated_bytes()
+        with part.lock, _plain_tensors():
+            done = self._carry_out(part, move, progress)
+        if done is None:
+            return KeptWritten(self._now_s() - started)
+        freed = max(0, allocated - self._device.allocated_bytes()) if self._device.holds_copies else None
+        return Moved(done.copied_bytes, self._now_s() - started, done.written, freed)
+
+    def drop_image(self, part: str) -> None:
+        """Delete the image file of a part whose bytes are held elsewhere; nothing to delete is fine.
+
+        A file that is the last to hold them stays.
+        """
+        known = self._parts.get(part)
+        if known is None:
+            return
+        with known.lock:
+            if known.file is not None and self._tiers.files is not None and not known.needs_file:
+                self._tiers.files.delete(known.file)
+                known.file = None
+
+    def forget(self, name: str) -> None:
+        """Let go of everything known of a model, parts included unless another model holds them.
+
+        Its tensors become empty, except those that the loader still has. Unknown names are fine.
+        """
+        with self._admitting:
+            model = self._models.pop(name, None)
+        if model is None:
+            return
+        model.unguard()
+        adapters.restore(model.model, model.idea)
+        for part in model.parts:
+            with part.lock, _plain_tensors():
+                part.leave(name)
+                if not part.policies:
+                    self._drop(part)
+
+    def object_of(self, name: str) -> object:
+        """The object the loader built; the same one for the whole life of the registration.
+
+        Raises:
+            UnknownModelError: It is not loaded.
+        """
+        model = self._models.get(name)
+        if model is None:
+            raise UnknownModelError(name, num_registered=len(self._models))
+        return model.model
+
+    def release_cached(self) -> None:
+        """Give the allocators' cached memory back: the device's to the driver, the C library's to the system."""
+        if self._device.holds_copies:
+            self._device.release_cached()
+        blocks.return_freed_heap()
+
+    def close(self) -> None:
+        """Give up everything: memory, files, threads, device state. Idempotent."""
+        with self._admitting:
+            self._closed = True
+        for name in list(self._models):
+            self.forget(name)
+        if self._tiers.files is not None:
+            self._tiers.files.close()
+        self._device.close()
+
+    # --- looking ---
+
+    def held_bytes(self, part: str) -> HeldBytes:
+        """What a part holds now; zeros for one that is not known."""
+        known = self._parts.get(part)
+        if known is None:
+            return HeldBytes(0, 0, 0)
+        vram = sum(self._device.charge_bytes(copy.memory.numel()) for copy in known.vram if copy is not None)
+        ram = sum(copy.piece.size_bytes for copy in known.ram if copy is not None and copy.piece is not None)
+        return HeldBytes(vram, ram, known.file.size_bytes if known.file is not None else 0)
+
+    def residency(self, part: str) -> Residency:
+        """Which segments of a part the tiers hold, as the data plane knows it."""
+        return self._parts[part].residency
+
+    @property
+    def live_ram_bytes(self) -> int:
+        """RAM mapped for pieces, those included that were given up but that somebody's tensors keep alive."""
+        return self._tiers.blocks.live_bytes
+
+    @property
+    def page_locked_bytes(self) -> int:
+        """RAM that is page-locked."""
+        return self._tiers.blocks.page_locked_bytes
+
+    # --- loading ---
+
+    def _run_loader(self, spec: ModelSpec) -> Built:
+        if self._build is None:
+            from modelcache.dataplane.loaders import build
+
+            self._build = build
+        try:
+            built = self._build(spec)
+            _materialize(built)
+        except ModelCacheError:
+            raise
+        except Exception as error:  # a loader is user code and may raise anything
+            raise LoaderError(spec.name, str(spec.loader), f"raised {type(error).__name__}: {error}") from error
+        return built
+
+    def _facts(self, part: Part) -> PartFacts:
+        sizes = [segment.size_bytes for segment in part.image.segments]
+        holds = self._device.holds_copies
+        return PartFacts(
+            part=part.id,
+            vram_bytes=tuple(self._device.charge_bytes(size) if holds else 0 for size in sizes),
+            ram_bytes=tuple(blocks.charge_bytes(size) for size in sizes),
+            image_bytes=ImageFiles.size_bytes(part.contents),
+            readable=part.restorable_from_source,
+        )
+
+    # --- moving ---
+
+    def _carry_out(self, part: Part, move: Move, progress: Progress | None) -> Done | None:
+        if part.residency != move.before or not _is_sound(move):
+            state = f"residency {part.residency}"
+            raise InvalidTransitionError(f"part {part.id!r}", state, f"{move.kind} {move.before} -> {move.after}")
+        holders = [model for name in part.policies if (model := self._models.get(name)) is not None]
+
+        def then() -> None:
+            self._settle(holders)
+
+        source, target = ends(move)
+        try:
+            for model in holders if move.check else ():
+                take_back(model, part, move)
+            return self._run(part, move, _teller(part, move, progress), then)
+        except BaseException as error:
+            problem = _seen(error)
+            # The part points at its old copies again; guards and devices follow it.
+            with contextlib.suppress(Exception):
+                then()
+            if isinstance(error, ModelCacheError) or not isinstance(error, Exception):
+                raise
+            if isinstance(error, torch.OutOfMemoryError):
+                raise self._out_of_memory(part, move) from error
+            raise MoveError(part.model, source, target, problem) from error
+
+    def _run(self, part: Part, move: Move, tell: Callable[[int], None], then: Callable[[], None]) -> Done | None:
+        match move.kind:
+            case MoveKind.STAGE:
+                return bringing_up.stage(part, move, self._tiers, tell, then)
+            case MoveKind.PROMOTE:
+                return bringing_up.promote(part, move, self._tiers, tell, then)
+            case MoveKind.TRIM:
+                return giving_up.trim(part, move, self._tiers, tell, then)
+            case MoveKind.SHED:
+                return giving_up.shed(part, move, self._tiers, then)
+            case MoveKind.EVICT:
+                return giving_up.evict(part, move, self._tiers, tell, then)
+
+    def _settle(self, holders: Iterable[LoadedModel]) -> None:
+        for model in holders:
+            model.settle_in(self._device.torch_device, self._device.holds_copies)
+
+    def _out_of_memory(self, part: Part, move: Move) -> DeviceMemoryError:
+        segments = part.image.segments[move.before.vram : move.after.vram]
+        needed = sum(self._device.charge_bytes(segment.size_bytes) for segment in segments)
+        free_bytes = None
+        with contextlib.suppress(Exception):  # the figure is for people; the refusal is the news
+            free_bytes = self._device.free_bytes()
+        return DeviceMemoryError(part.model, self._device.name, needed, free_bytes)
+
+    # --- the tables ---
+
+    def _part(self, move: Move) -> Part:
+        part = self._parts.get(move.part)
+        if part is None:
+            raise MoveError(move.part, *ends(move), "the data plane does not know this part (any more)")
+        return part
+
+    def _drop(self, part: Part) -> None:
+        """Give up all of a part that no model holds; its lock is held."""
+        copies = [copy for copy in (*part.vram, *part.ram) if copy is not None]
+        part.vram, part.ram = [None] * part.num_segments, [None] * part.num_segments
+        for copy in copies:
+            give_up(self._tiers, copy)
+        if part.file is not None and self._tiers.files is not None:
+            self._tiers.files.delete(part.file)
+            part.file = None
+        part.residue.clear()
+        self._parts.pop(part.id, None)
+
+    def _require_new(self, spec: ModelSpec) -> None:
+        if spec.name in self._models:
+            raise InvalidTransitionError(repr(spec.name), "LOADED", "load")
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise CacheClosedError
+
+
+@contextlib.contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Whatever mode the caller is in, tensors made inside can be written to later and have no history."""
+    with torch.inference_mode(mode=False), torch.no_grad():
+        yield
+
+
+def _is_sound(move: Move) -> bool:
+    """Whether the move leaves every segment somewhere, and no tier grows while another one shrinks past it."""
+    before, after, n = move.before, move.after, move.num_segments
+    if not (0 <= after.vram <= n and 0 <= after.ram <= n):
+        return False
+    if move.kind is MoveKind.STAGE:
+        return before.vram == 0
+    if move.kind is MoveKind.PROMOTE:
+        return before.ram <= before.vram and before.ram <= after.ram <= after.vram
+    return after.ram <= after.vram or move.kind is MoveKind.EVICT
+
+
+def _teller(part: Part, move: Move, progress: Progress | None) -> Callable[[int], None]:
+    """Adds up bytes for a progress port."""
+    if progress is None:
+        return lambda _size_bytes: None
+    total = _total_bytes(part, move)
+    done = 0
+
+    def tell(size_bytes: int) -> None:
+        nonlocal done
+        done = min(done + size_bytes, total)
+        progress(part.model, done, total)
+
+    return tell
+
+
+def _total_bytes(part: Part, move: Move) -> int:
+    segments = part.image.segments
+    match move.kind:
+        case MoveKind.PROMOTE:
+            moving = segments[move.before.vram : move.after.vram]
+        case MoveKind.STAGE:
+            moving = segments[move.after.ram : move.before.ram]
+        case MoveKind.TRIM:
+            moving = segments[min(move.after.vram, move.after.ram) : move.before.vram]
+        case _:
+            moving = segments
+    return sum(segment.size_bytes for segment in moving)
+
+
+def _seen(error: BaseException) -> str:
+    """The words of an error, whose frames let go of the memory that they hold."""
+    each: BaseException | None = error
+    while each is not None:
+        traceback.clear_frames(each.__traceback__)
+        each = each.__cause__ or each.__context__
+    return f"{type(error).__name__}: {error}"
+
+
+def _materialize(built: Built) -> None:
+    """Make a dispatched model whole; tensors on meta that the source fills itself are left alone."""
+    for module in adapters.modules_of(built.model).values():
+        has_hooks = any("_hf_hook" in each.__dict__ for each in module.modules())
+        if has_hooks or (built.source is None and any(tensor.is_meta for tensor in module.parameters())):
+            from modelcache.dataplane.materialize import is_dispatched, materialize_meta_tensors
+
+            if is_dispatched(module):
+                materialize_meta_tensors(module, "cpu", keep_dispatch=False)

@@ -1,0 +1,163 @@
+"""From disk to RAM: fill a part's RAM pieces.
+
+The first time from the loader's own tensors, later from the image file or the source. What was read is fingerprinted;
+bytes that differ from those first seen are refused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+
+from modelcache.dataplane.copies import Copy, NewCopies, Tiers
+from modelcache.dataplane.fingerprint import fingerprint
+from modelcache.dataplane.image import View, covered
+from modelcache.dataplane.inventory import Slot, flat_bytes, storage_key
+from modelcache.dataplane.parts import Member, Part, point
+from modelcache.errors import MoveError, WeightsError
+
+log = logging.getLogger("modelcache.dataplane")
+
+Tell = Callable[[int], None]
+
+
+def fill(part: Part, new: NewCopies, tiers: Tiers, segments: Sequence[int], tell: Tell) -> None:
+    """Make a RAM copy of each of these segments of a part that is on disk or with its loader.
+
+    The loader's memory is let go storage by storage as it is copied, so that little exists twice. If the move fails
+    after that, the tensors keep the new memory alive for themselves: they are with the loader as before.
+
+    Raises:
+        WeightsError: The file is damaged, or its bytes are not those of the first time.
+        LoaderError: The source's loader failed.
+        MoveError: Nothing holds the bytes.
+    """
+    from_disk = [s for s in segments if not part.with_loader[s]]
+    from_meta = [s for s in segments if part.with_loader[s] and any(m.tensor.is_meta for m in part.of_segment(s))]
+    for segment in [*from_disk, *from_meta]:
+        new.add_ram(segment)
+    if from_disk:
+        _fill_from_disk(part, new, tiers, from_disk, tell)
+    if from_meta:
+        storages = [i for s in from_meta for i in part.image.segments[s].storages if part.readers[i][0].tensor.is_meta]
+        _fill_from_source(part, new, storages, tell)
+    for segment in segments:
+        if part.with_loader[segment]:
+            copy = new.ram[segment] if segment in new.ram else new.add_ram(segment)
+            _take_from_loader(part, copy, tiers, segment, tell)
+    _check(part, new, segments)
+
+
+def _fill_from_disk(part: Part, new: NewCopies, tiers: Tiers, segments: list[int], tell: Tell) -> None:
+    if part.file is not None and tiers.files is not None:
+        try:
+            _fill_from_file(part, new, tiers, segments, tell)
+        except WeightsError as error:
+            if not part.restorable_from_source:
+                raise
+            log.warning("%s; reading model=%s again from its source", str(error), part.model)
+            tiers.files.delete(part.file)
+            part.file = None
+            # The source gives what was first read; a file written later may have held something else.
+            part.reference = list(part.original)
+        else:
+            return
+    if not part.restorable_from_source:
+        raise MoveError(part.model, "disk", "ram", "neither an image file nor a readable source holds its bytes")
+    _fill_from_source(part, new, [i for s in segments for i in part.image.segments[s].storages], tell)
+
+
+def _fill_from_file(part: Part, new: NewCopies, tiers: Tiers, segments: list[int], tell: Tell) -> None:
+    assert part.file is not None
+    assert tiers.files is not None
+    buffers = {s: piece.buffer() for s in segments if (piece := new.ram[s].piece) is not None}
+    try:
+        tiers.files.read(part.file, part.contents, buffers, tell)
+    finally:
+        for buffer in buffers.values():
+            buffer.release()
+
+
+def _fill_from_source(part: Part, new: NewCopies, storages: list[int], tell: Tell) -> None:
+    """Let the source write into its tensors' places; what it cannot give comes from the residue."""
+    assert part.source is not None
+    targets: dict[str, torch.Tensor] = {}
+    bent: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for index in storages:
+        copy = new.ram[part.image.storages[index].segment]
+        if index in part.residue:
+            copy.storage(index).copy_(part.residue[index])
+        else:
+            for name, view in part.given[index].items():
+                target = copy.view(index, view)
+                if not view.is_contiguous:
+                    # Sources write rows of bytes; another memory format is put right afterwards.
+                    bent.append((target, torch.empty(view.shape, dtype=view.dtype, device="cpu")))
+                    target = bent[-1][1]
+                targets[name] = target
+    if targets:
+        part.source.fill(targets, tell)
+        for target, straight in bent:
+            target.copy_(straight)
+
+
+def _take_from_loader(part: Part, copy: Copy, tiers: Tiers, segment: int, tell: Tell) -> None:
+    for index in part.image.segments[segment].storages:
+        members = part.readers[index]
+        real = [member for member in members if not member.tensor.is_meta]
+        if real:
+            _copy_storage(copy.storage(index), real, tiers)
+            tell(part.image.storages[index].size_bytes)
+        if part.is_readable and not part.gives(index):
+            part.residue[index] = copy.storage(index).clone()
+        for member in members:
+            point(member, copy)
+
+
+def _copy_storage(target: torch.Tensor, members: list[Member], tiers: Tiers) -> None:
+    """Copy the bytes that these tensors can see; the rest of the storage stays zero, as when the source gives it."""
+    by_storage: dict[int, list[Member]] = {}
+    for member in members:
+        by_storage.setdefault(storage_key(member.tensor), []).append(member)
+    for same in by_storage.values():
+        flat = flat_bytes([Slot(member.name, member.tensor) for member in same])
+        first = same[0]
+        own_offset = first.tensor.storage_offset() * first.tensor.dtype.itemsize
+        shift = first.view.offset_bytes - own_offset
+        views = [_shifted(member.view, -shift) for member in same]
+        for start, stop in covered(views, flat.numel()):
+            _copy(target[shift + start : shift + stop], flat[start:stop], tiers)
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor, tiers: Tiers) -> None:
+    device = tiers.device
+    if device.holds_copies and source.device == device.torch_device:
+        device.copy_out(target, source).wait()
+    else:
+        target.copy_(source)
+
+
+def _shifted(view: View, by_bytes: int) -> View:
+    return View(view.dtype, view.shape, view.stride, view.offset_bytes + by_bytes)
+
+
+def _check(part: Part, new: NewCopies, segments: Sequence[int]) -> None:
+    """Fingerprint what was read and compare it with what is known."""
+    for segment in segments:
+        found, expected = fingerprint(new.ram[segment].memory), part.reference[segment]
+        if part.with_loader[segment]:
+            part.original[segment] = expected = found
+        if found != expected:
+            where = str(part.file.path) if part.file is not None else _describe(part)
+            problem = (
+                "gave other bytes than when the model was first loaded; unregister the model and register it again"
+            )
+            names = part.names[part.image.segments[segment].storages[0]]
+            raise WeightsError(part.model, where, problem, next(iter(names), None))
+        part.reference[segment] = found
+
+
+def _describe(part: Part) -> str:
+    return "" if part.source is None else part.source.describe()
