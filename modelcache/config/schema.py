@@ -82,12 +82,6 @@ Concurrency = Annotated[
     WithJsonSchema({"anyOf": [_words("unlimited"), _COUNT_JSON]}),
 ]
 PathText = Annotated[str, PlainValidator(values.read_path), WithJsonSchema(_PATH_JSON)]
-Text = Annotated[str, PlainValidator(values.read_path), WithJsonSchema(_PATH_JSON)]
-PathList = Annotated[
-    tuple[str, ...],
-    PlainValidator(values.read_paths),
-    WithJsonSchema({"anyOf": [_PATH_JSON, {"type": "array", "minItems": 1, "items": _PATH_JSON}]}),
-]
 Text = Annotated[str, PlainValidator(values.read_text), WithJsonSchema({"type": "string", "minLength": 1})]
 Name = Annotated[str, PlainValidator(values.read_name), WithJsonSchema(_NAME_JSON)]
 
@@ -299,5 +293,5 @@ class Settings(Section):
         default=SimulatedSettings(), description="The simulated device; read with device: simulated."
     )
     models: Annotated[Mapping[Name, ModelSettings], BeforeValidator(_no_null), AfterValidator(_frozen)] = Field(
-        default=MappingProxyType({}), description="The models, by name."
+        default_factory=lambda: MappingProxyType({}), description="The models, by name."
     )
