@@ -2,17 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from modelcache.config.load import Effective, check_text, effective, json_schema, missing_files, settings_of
 
-
-def settings_of(call: Mapping[str, Any]) -> Any:
-    """Settings from keyword values by dotted key; `None` is not set."""
-    from modelcache.config.layers import from_keywords, overlay
-    from modelcache.config.schema import Settings
-    from modelcache.errors import ConfigError
-
-    settings, findings = from_keywords(call, "call")
-    if findings:
-        raise ConfigError(tuple(findings))
-    return Settings.model_validate(overlay({}, settings))
+__all__ = ["Effective", "check_text", "effective", "json_schema", "missing_files", "settings_of"]

@@ -207,7 +207,9 @@ class _Builder:
             if self.num_documents > 1:
                 self._stop(place, "a second document begins here; keep one document per file")
             if event.version or event.tags:
-                self.document.report(place, (), "directives (lines that begin with %) are not allowed here; remove them")
+                self.document.report(
+                    place, (), "directives (lines that begin with %) are not allowed here; remove them"
+                )
         elif isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             self.document.report(place, (), "anchors and aliases are not allowed here; write the value out")
         if _has_tag(event):

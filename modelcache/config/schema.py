@@ -100,22 +100,22 @@ class BudgetSettings(Section):
     """
 
     vram: Budget = Field(
-        default=Auto(),
+        default_factory=Auto,
         description='VRAM. A size, a share of the device, or "auto": 80%. On a host-only machine it is not used.',
     )
     ram: Budget = Field(
-        default=Auto(),
+        default_factory=Auto,
         description='RAM. A size, a share of the machine or container, or "auto": 50%.',
     )
     page_locked: OptionalBudget = Field(
-        default=Auto(),
+        default_factory=Auto,
         description=(
             "How much of the RAM budget may be page-locked, which makes copies fast but is taken from the whole "
             'machine. A size, a share of RAM, "none", or "auto": half of the RAM budget.'
         ),
     )
     disk: OptionalBudget = Field(
-        default=NOTHING,
+        default_factory=lambda: NOTHING,
         description=(
             'Image files of models that cannot be read again. A size, a share of the free disk, "auto": 50%, or '
             '"none" (the default): nothing is spilled to disk.'
@@ -146,9 +146,7 @@ class SimulatedSettings(Section):
     """The accelerator in plain memory, for trying out a configuration without a GPU. Read with `device: simulated`."""
 
     capacity: Bytes = Field(default=8 << 30, description='Memory of the device, a size. Default "8GiB".')
-    link: Rate = Field(
-        default=8_000_000_000, description='Speed of the link to it, bytes per second. Default "8GB/s".'
-    )
+    link: Rate = Field(default=8_000_000_000, description='Speed of the link to it, bytes per second. Default "8GB/s".')
     rounding: Annotated[str, PlainValidator(values.one_of(*ROUNDINGS)), WithJsonSchema(_words(*ROUNDINGS))] = Field(
         default="exact",
         description=(
@@ -183,11 +181,11 @@ class ModelSettings(Section):
     )
     task: Text | None = Field(
         default=None,
-        description='For transformers: build a pipeline for this task, such as "text-generation". Default: the bare model.',
+        description=(
+            'For transformers: build a pipeline for this task, such as "text-generation". Default: the bare model.'
+        ),
     )
-    dtype: Annotated[
-        str | None, PlainValidator(values.read_dtype), WithJsonSchema(_words(*values.DTYPES))
-    ] = Field(
+    dtype: Annotated[str | None, PlainValidator(values.read_dtype), WithJsonSchema(_words(*values.DTYPES))] = Field(
         default=None,
         description=f"Type of the weights: {', '.join(values.DTYPES)}. Default: as the loader decides.",
     )
@@ -257,10 +255,10 @@ class Settings(Section):
         ),
     )
     budgets: Annotated[BudgetSettings, BeforeValidator(_no_null)] = Field(
-        default=BudgetSettings(), description="Bytes each tier may hold."
+        default_factory=BudgetSettings, description="Bytes each tier may hold."
     )
     policy: Annotated[PolicySettings, BeforeValidator(_no_null)] = Field(
-        default=PolicySettings(), description="What goes first, and when."
+        default_factory=PolicySettings, description="What goes first, and when."
     )
     preload: Annotated[tuple[Name, ...], BeforeValidator(_no_null_list)] = Field(
         default=(), description="Models to bring up at start, in this order. Default: none."
@@ -268,7 +266,8 @@ class Settings(Section):
     roots: Annotated[tuple[PathText, ...], BeforeValidator(_no_null_list)] = Field(
         default=(),
         description=(
-            "Folders that models may be read from, beside the folder of this file. Relative to this file. Default: none."
+            "Folders that models may be read from, beside the folder of this file. Relative to this file. "
+            "Default: none."
         ),
     )
     image_dir: PathText | None = Field(
@@ -290,7 +289,7 @@ class Settings(Section):
         description="Show a bar for loads and moves of more than 2 s, on a terminal or in a notebook. Default true.",
     )
     simulated: Annotated[SimulatedSettings, BeforeValidator(_no_null)] = Field(
-        default=SimulatedSettings(), description="The simulated device; read with device: simulated."
+        default_factory=SimulatedSettings, description="The simulated device; read with device: simulated."
     )
     models: Annotated[Mapping[Name, ModelSettings], BeforeValidator(_no_null), AfterValidator(_frozen)] = Field(
         default_factory=lambda: MappingProxyType({}), description="The models, by name."

@@ -32,7 +32,15 @@ _SMALLEST_BUDGET_BYTES = 1024
 _SEGMENT_STEP_BYTES = 512
 _SMALLEST_SEGMENT_BYTES = 4096
 _LARGEST_TEXT = 4096
-_EXACT_UNITS = (("TiB", 1 << 40), ("GiB", 1 << 30), ("TB", 10**12), ("GB", 10**9), ("MiB", 1 << 20), ("MB", 10**6), ("KiB", 1024))
+_EXACT_UNITS = (
+    ("TiB", 1 << 40),
+    ("GiB", 1 << 30),
+    ("TB", 10**12),
+    ("GB", 10**9),
+    ("MiB", 1 << 20),
+    ("MB", 10**6),
+    ("KiB", 1024),
+)
 
 
 @dataclass(frozen=True, slots=True)
