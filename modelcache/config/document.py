@@ -161,7 +161,7 @@ def _events(text: str) -> Iterator[yaml.Event]:
     loader = yaml.SafeLoader(text)
     try:
         while loader.check_event():
-            yield loader.get_event()
+            yield loader.get_event()  # type: ignore[no-untyped-call]
     finally:
         loader.dispose()
 
@@ -196,7 +196,7 @@ class _Builder:
                 self._open(event)
             elif isinstance(event, yaml.CollectionEndEvent):
                 self.stack.pop()
-            elif isinstance(event, yaml.AliasEvent):
+            elif isinstance(event, yaml.AliasEvent) and self.stack:
                 self._place_value(Scalar("", quoted=True), event)
 
     def _form(self, event: yaml.Event) -> None:
@@ -291,6 +291,7 @@ def _wants_key(frame: _Frame) -> bool:
 
 def _start(event: yaml.Event) -> Place:
     mark = event.start_mark
+    assert mark is not None, "events of the pure parser know where they stand"
     return Place(mark.line + 1, mark.column + 1)
 
 

@@ -224,9 +224,9 @@ class _Check:
         named = tree.get("roots")
         roots = [folder / word for root in (named if isinstance(named, list) else ()) if (word := _word(root))]
         allowed = [each.resolve() for each in (folder, *roots)]
-        for name, model in models.items():
+        for called, model in models.items():
             if isinstance(model, dict):
-                self._cross_model(("models", name), model, folder, allowed)
+                self._cross_model(("models", called), model, folder, allowed)
 
     def _cross_model(self, at: Path, model: dict[str, Tree], folder: FilePath, allowed: list[FilePath]) -> None:
         loader = _word(model.get("loader"))
