@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from modelcache.errors import UnknownModelError
 from modelcache.spec import (
@@ -23,7 +23,7 @@ from modelcache.tier import Tier
 from modelcache.units import parse_bytes, parse_duration
 
 E = TypeVar("E", Tier, Priority, OnWrite)
-_SPEC_OPTIONS = ("size", "workspace", "pin", "priority", "idle", "concurrency", "reload", "on_write")
+Reader = Callable[[str, object], object]
 _NO_OPTIONS: Mapping[str, object] = MappingProxyType({})
 
 
@@ -84,19 +84,19 @@ def build_spec(name: str, loader: object = None, **options: object) -> ModelSpec
         TypeError: A value of the wrong type.
     """
     check_name(name)
-    for_spec = {key: options.pop(key) for key in _SPEC_OPTIONS if key in options}
-    read = {key: _READERS[key](key, value) for key, value in for_spec.items() if value is not None}
+    for_spec = {key: options.pop(key) for key in _READERS if key in options}
+    read: dict[str, Any] = {key: _READERS[key](key, value) for key, value in for_spec.items() if value is not None}
     return ModelSpec(
         name=name,
         loader=_loader(loader, options),
-        size_bytes=read.get("size"),  # type: ignore[arg-type]  # the readers below say what each becomes
-        workspace_bytes=read.get("workspace", 0),  # type: ignore[arg-type]
-        pin=read.get("pin"),  # type: ignore[arg-type]
-        priority=read.get("priority", Priority.NORMAL),  # type: ignore[arg-type]
-        idle_s=read.get("idle"),  # type: ignore[arg-type]
-        concurrency=read.get("concurrency"),  # type: ignore[arg-type]
-        reload=bool(read.get("reload", False)),
-        on_write=read.get("on_write", OnWrite.WRITEBACK),  # type: ignore[arg-type]
+        size_bytes=read.get("size"),
+        workspace_bytes=read.get("workspace", 0),
+        pin=read.get("pin"),
+        priority=read.get("priority", Priority.NORMAL),
+        idle_s=read.get("idle"),
+        concurrency=read.get("concurrency"),
+        reload=read.get("reload", False),
+        on_write=read.get("on_write", OnWrite.WRITEBACK),
     )
 
 
@@ -118,7 +118,7 @@ def _loader(loader: object, options: Mapping[str, object]) -> LoaderSpec:
         )
     if options:
         key = next(iter(options))
-        raise TypeError(f"register() takes no option {key!r} with a callable{did_you_mean(key, _SPEC_OPTIONS)}")
+        raise TypeError(f"register() takes no option {key!r} with a callable{did_you_mean(key, _READERS)}")
     return LoaderSpec(call=loader, options=_NO_OPTIONS)
 
 
@@ -166,7 +166,7 @@ def _integer(key: str, value: object, what: str) -> int:
     return value
 
 
-def _one_of(members: Iterable[E]) -> object:
+def _one_of(members: Iterable[E]) -> Reader:
     known = {str(member): member for member in members}
 
     def read(key: str, value: object) -> E:
@@ -179,7 +179,7 @@ def _one_of(members: Iterable[E]) -> object:
     return read
 
 
-_READERS = {
+_READERS: dict[str, Reader] = {
     "size": _size,
     "workspace": _size,
     "pin": _one_of((Tier.VRAM, Tier.RAM)),

@@ -223,9 +223,7 @@ def _totals(device: Device, image_dir: Path) -> Totals:
         driver=figures.driver if figures else None,
     )
     vram = measured.vram
-    host = Totals(
-        measured.ram.total_bytes, measured.ram.others_bytes, disk_free_bytes=_free_disk_bytes(image_dir)
-    )
+    host = Totals(measured.ram.total_bytes, measured.ram.others_bytes, disk_free_bytes=_free_disk_bytes(image_dir))
     if not device.holds_copies:
         return host
     if isinstance(vram, probe.Reading):

@@ -211,8 +211,12 @@ def _ask(unit: Unit, kept: state.KeptElsewhere) -> torch.Tensor:
     return value if is_wrapper(value) else value.detach().to(dtype=unit.tensor.dtype, copy=True)
 
 
-def fetch(kept: state.Kept) -> torch.Tensor:
-    """Read one small stored tensor now, into memory of its own.
+def fetch(kept: state.Kept, headers: Headers | None = None) -> torch.Tensor:
+    """Read one stored tensor now, into memory of its own, on the CPU if it comes from a file.
+
+    Args:
+        kept: Where it is.
+        headers: Headers read before; read anew when left out.
 
     Raises:
         FileProblemError: The file cannot give it.
@@ -223,7 +227,7 @@ def fetch(kept: state.Kept) -> torch.Tensor:
         case state.KeptElsewhere(table=table, key=key):
             return torch.as_tensor(table[key]).detach().clone()
         case state.KeptInSafetensors(path=path, tensor_name=name, dtype=dtype):
-            place = Headers().find(path, name, dtype)
+            place = (headers or Headers()).find(path, name, dtype)
         case state.KeptInDat(path=path, dtype=dtype, shape=shape):
             place = find_dat(path, dtype, shape)
     wanted = Wanted(0, place, place.cast or place.dtype, _contiguous(place.shape))
