@@ -12,6 +12,7 @@ from modelcache._version import __version__
 
 if TYPE_CHECKING:
     from modelcache.cache import AsyncGet, ModelCache
+    from modelcache.config import Effective, config_schema, load_config, missing_files
     from modelcache.core.explain import Forecast
     from modelcache.dataplane.materialize import materialize_meta_tensors
     from modelcache.dataplane.probe import MachineReport, Reading, Unavailable, machine_report
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from modelcache.stats import CacheStats, Counters, Freed, Health, ModelStats, MoveEvent, TierStats
     from modelcache.tier import Tier
     from modelcache.units import format_bytes, format_seconds, parse_bytes, parse_percent, parse_rate
+    from modelcache.wiring import PlannedBudgets, planned_budgets
 
 __all__ = [
     "AsyncGet",
@@ -60,6 +62,7 @@ __all__ = [
     "Counters",
     "DeviceMemoryError",
     "DevicePoisonedError",
+    "Effective",
     "Finding",
     "Forecast",
     "ForkedCacheError",
@@ -87,6 +90,7 @@ __all__ = [
     "MoveFuture",
     "MoveKind",
     "OnWrite",
+    "PlannedBudgets",
     "Priority",
     "QueueFullError",
     "Reading",
@@ -97,19 +101,24 @@ __all__ = [
     "UnknownModelError",
     "WeightsError",
     "__version__",
+    "config_schema",
     "format_bytes",
     "format_seconds",
+    "load_config",
     "machine_report",
     "materialize_meta_tensors",
+    "missing_files",
     "parse_bytes",
     "parse_percent",
     "parse_rate",
+    "planned_budgets",
     "unwrap",
     "weights_bytes",
 ]
 
 _HOMES = {
     "modelcache.cache": ("AsyncGet", "ModelCache"),
+    "modelcache.config": ("Effective", "config_schema", "load_config", "missing_files"),
     "modelcache.core.explain": ("Forecast",),
     "modelcache.dataplane.materialize": ("materialize_meta_tensors",),
     "modelcache.futures": ("MoveFuture",),
@@ -122,6 +131,7 @@ _HOMES = {
     "modelcache.errors": ("Finding", *(name for name in __all__ if name.endswith("Error"))),
     "modelcache.headers": ("weights_bytes",),
     "modelcache.tier": ("Tier",),
+    "modelcache.wiring": ("PlannedBudgets", "planned_budgets"),
     "modelcache.units": ("format_bytes", "format_seconds", "parse_bytes", "parse_percent", "parse_rate"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

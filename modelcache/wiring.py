@@ -23,6 +23,7 @@ from modelcache.tier import Tier
 
 if TYPE_CHECKING:
     from modelcache.config.budgets import Totals
+    from modelcache.config.load import Effective
     from modelcache.config.schema import Settings
     from modelcache.dataplane.device.protocol import Device
 
@@ -109,6 +110,69 @@ def assemble_file(path: str | PathLike[str]) -> Parts:
 
     found = effective(os.fspath(path))
     return _build(found.settings, None, found.origins, found.specs)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedBudgets:
+    """What a configuration would get on this machine.
+
+    Attributes:
+        top: The tier that models would run on.
+        device: As far as it can be known without starting it.
+        vram_bytes: Budget; 0 on a host-only machine. The others likewise.
+        lines: How each came about, for people.
+    """
+
+    top: Tier
+    device: str
+    vram_bytes: int
+    ram_bytes: int
+    disk_bytes: int
+    lines: tuple[str, ...]
+
+
+def planned_budgets(found: Effective) -> PlannedBudgets:
+    """Resolve the budgets of a configuration without torch and without starting a device.
+
+    Raises:
+        ConfigError: A budget is above the machine, or needs a figure that cannot be had.
+    """
+    from modelcache.config.budgets import Totals, resolve_budgets
+    from modelcache.dataplane import probe
+
+    settings = found.settings
+    device = settings.device
+    if device == "auto":
+        device = "cuda:0" if probe.machine_report().devices else "host_only"
+    measured = probe.totals(int(device.partition(":")[2]) if device.startswith("cuda") else None)
+    host = Totals(
+        measured.ram.total_bytes,
+        measured.ram.others_bytes,
+        disk_free_bytes=_free_disk_bytes(_image_dir(settings)),
+    )
+    if device == "simulated":
+        host = replace(host, device=device, vram_bytes=settings.simulated.capacity)
+    elif device != "host_only":
+        host = _with_vram(host, device, measured.vram)
+    got = resolve_budgets(settings, host, found.origins)
+    top = Tier.RAM if device == "host_only" else Tier.VRAM
+    return PlannedBudgets(top, device, got.vram_bytes, got.ram_bytes, got.disk_bytes, got.lines)
+
+
+def _with_vram(host: Totals, device: str, vram: Any) -> Totals:
+    from modelcache.dataplane import probe
+
+    if isinstance(vram, probe.Reading):
+        return replace(
+            host,
+            device=device,
+            device_name=vram.name,
+            vram_bytes=vram.total_bytes,
+            vram_others_bytes=vram.others_bytes,
+            is_unified=vram.unified,
+        )
+    reason, fix = (vram.reason, vram.fix) if isinstance(vram, probe.Unavailable) else ("", "")
+    return replace(host, device=device, vram_problem=reason, vram_fix=fix)
 
 
 def read_size(size: int | str) -> int:
@@ -222,21 +286,11 @@ def _totals(device: Device, image_dir: Path) -> Totals:
         allocator=figures.allocator if figures else None,
         driver=figures.driver if figures else None,
     )
-    vram = measured.vram
     host = Totals(measured.ram.total_bytes, measured.ram.others_bytes, disk_free_bytes=_free_disk_bytes(image_dir))
     if not device.holds_copies:
         return host
-    if isinstance(vram, probe.Reading):
-        return replace(
-            host,
-            device=device.name,
-            device_name=vram.name,
-            vram_bytes=vram.total_bytes,
-            vram_others_bytes=vram.others_bytes,
-            is_unified=vram.unified,
-        )
-    if isinstance(vram, probe.Unavailable):
-        return replace(host, device=device.name, vram_problem=vram.reason, vram_fix=vram.fix)
+    if kind == "cuda":
+        return _with_vram(host, device.name, measured.vram)
     return replace(host, device=device.name, device_name="simulated", vram_bytes=device.total_bytes())
 
 

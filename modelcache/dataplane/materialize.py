@@ -34,3 +34,357 @@ ProgressReport = Callable[[int, int, str], None]
 
 # Not all of what is free is to be had: allocators round, and the process itself grows a little.
 _MARGIN_BYTES = 32 << 20
+
+
+def materialize_meta_tensors(
+    model: ModelT,
+    target_device: torch.device | str | int = "cpu",
+    *,
+    keep_dispatch: bool = True,
+    copy: CopyMode = "auto",
+    extra_sources: Any = None,
+    tied_params: TiedNames | None = None,
+    check_memory: bool = True,
+    num_workers: int = 4,
+    progress: ProgressReport | None = None,
+) -> ModelT:
+    """Replace every meta tensor of a dispatched model by its data and take accelerate's hooks off.
+
+    Afterwards the model has no meta tensor and no device hook, all of it is on `target_device`, and `.to()`, `.cpu()`,
+    `.cuda()` and changes of dtype work. Ties, dtypes, strides, classes, ``requires_grad``, live buffers, hooks of
+    others and your own patches are kept. It needs room for the whole model on the target; what the dispatch keeps in
+    RAM is used where it is. A model that was not dispatched is only moved.
+
+    Args:
+        model: A module, or a pipeline whose modules are all made whole.
+        target_device: Where everything shall be.
+        keep_dispatch: Remember the dispatch, so that `restore_dispatch` can put it back. The dispatch's own data stays
+            in RAM with it.
+        copy: ``"auto"`` shares the memory in which the dispatch keeps weights in RAM; ``"always"`` gives the model
+            memory of its own.
+        extra_sources: Where else data may be, by full tensor name: folders of ``.dat`` or safetensors files, mappings,
+            or a list of these. For weights that no hook knows of.
+        tied_params: Groups of full names that are one tensor each, for ties that nothing else recorded.
+        check_memory: Refuse when the target has no room, before anything is read.
+        num_workers: Threads that read files.
+        progress: Called in this thread after each tensor with the bytes done, the bytes in all and the tensor's name.
+            What it raises ends the work and leaves the model as it was.
+
+    Returns:
+        The same object.
+
+    Raises:
+        MaterializeError: Data is missing or damaged, or the model is kept by a library that we do not know;
+            ``.names`` has the tensors. The model is as it was and works as before.
+        MaterializeMemoryError: There is no room; nothing was read.
+        ValueError: An argument makes no sense.
+    """
+    if copy not in ("auto", "always"):
+        raise ValueError(f"copy must be 'auto' or 'always', not {copy!r}")
+    if num_workers < 1:
+        raise ValueError(f"num_workers must be at least 1, not {num_workers}")
+    target = _resolved(target_device)
+    extra = open_extra(extra_sources)
+    always_copy = copy == "always"
+    with _turn_of(model):
+        plan = _planned(model, extra)
+        claims = collect_claims(plan, tied_params)
+        if check_memory:
+            _check_memory(needed_bytes(plan, target, always_copy=always_copy), target)
+        staged = Stager(plan, target, always_copy=always_copy, num_workers=num_workers).run(progress)
+        stands_for = unite(claims, staged)
+        _commit(model, plan, staged, stands_for, target, keep_dispatch=keep_dispatch)
+    return model
+
+
+def is_dispatched(model: object) -> bool:
+    """Whether a tensor of the model is on ``meta`` or a hook of accelerate moves its weights or inputs.
+
+    Raises:
+        TypeError: The object holds no modules that we know how to find.
+    """
+    for module in (found for root in _components(model).values() for found in root.modules()):
+        if any(state.places_tensors(hook) for hook in state.hooks_of(module)):
+            return True
+        tensors = [*module._parameters.values(), *module._buffers.values()]
+        if any(tensor is not None and tensor.is_meta for tensor in tensors):
+            return True
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One tensor of a plan: its names (more than one when it is tied), its size, and where its data is, in words."""
+
+    names: tuple[str, ...]
+    size_bytes: int
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class MaterializePlan:
+    """What `materialize_meta_tensors` would do. Printing it gives a table.
+
+    Attributes:
+        tensors: Every tensor that would be made real.
+        needed_bytes: What that takes on the target, moved tensors included.
+        missing: Names of tensors with no data anywhere.
+        problems: Names of tensors whose data cannot be used, with the reason.
+        ties: Names said to be one tensor, to be checked against the data.
+    """
+
+    tensors: tuple[PlannedTensor, ...]
+    needed_bytes: int
+    missing: tuple[str, ...]
+    problems: tuple[tuple[str, str], ...]
+    ties: tuple[tuple[str, ...], ...]
+
+    def __str__(self) -> str:
+        lines = [f"{format_bytes(one.size_bytes):>10}  {' = '.join(one.names)}  {one.source}" for one in self.tensors]
+        lines += [f"{'missing':>10}  {name}" for name in self.missing]
+        lines += [f"{'unusable':>10}  {name}  {problem}" for name, problem in self.problems]
+        lines += [f"{'tied':>10}  {' = '.join(names)}" for names in self.ties]
+        return "\n".join([*lines, f"{format_bytes(self.needed_bytes):>10}  needed for {len(self.tensors)} tensors"])
+
+
+def plan_materialize(
+    model: object,
+    target_device: torch.device | str | int = "cpu",
+    *,
+    copy: CopyMode = "auto",
+    extra_sources: Any = None,
+    tied_params: TiedNames | None = None,
+) -> MaterializePlan:
+    """A dry run of `materialize_meta_tensors`: nothing is read but headers, nothing is changed.
+
+    Args:
+        model: As there.
+        target_device: As there.
+        copy: As there.
+        extra_sources: As there.
+        tied_params: As there.
+
+    Raises:
+        MaterializeError: The model is kept by a library that we do not know.
+    """
+    target = _resolved(target_device)
+    plan = make_plan(find_places(_components(model)), open_extra(extra_sources))
+    needed = needed_bytes(plan, target, always_copy=copy == "always")
+    return MaterializePlan(
+        tensors=tuple(PlannedTensor(_names(unit), size_bytes(unit.tensor), _in_words(unit)) for unit in plan.loads),
+        needed_bytes=sum(needed.values()),
+        missing=tuple(plan.missing),
+        problems=tuple(plan.problems.items()),
+        ties=tuple(
+            tuple(name for unit in claim.units for name in _names(unit))
+            for claim in collect_claims(plan, tied_params)
+            if len(claim.units) > 1
+        ),
+    )
+
+
+def restore_dispatch(model: ModelT, *, on_modified: OnModified = "write") -> ModelT:
+    """Put a materialized model back into the dispatch it came with.
+
+    Args:
+        model: What was given to `materialize_meta_tensors`.
+        on_modified: For weights that changed since: ``"write"`` makes the dispatch use the changed ones (kept in RAM,
+            no file is written), ``"error"`` refuses, ``"discard"`` goes back to the stored ones. Weights in memory
+            shared with the dispatch (``copy="auto"``) are changed there already, and ``"discard"`` cannot take
+            that back.
+
+    Returns:
+        The same object.
+
+    Raises:
+        MaterializeError: There is no dispatch to restore, or it cannot be restored; the model is as it was.
+        ValueError: `on_modified` is none of the three.
+    """
+    if on_modified not in ("write", "error", "discard"):
+        raise ValueError(f"on_modified must be 'write', 'error' or 'discard', not {on_modified!r}")
+    with _turn_of(model):
+        attributes = vars(_owner(model))
+        snapshot = attributes.get(ATTRIBUTE)
+        if snapshot is None:
+            raise MaterializeError(
+                (), "this model has no dispatch to restore; it was never materialized with keep_dispatch=True"
+            )
+        put_back(snapshot, _components(model), attributes, on_modified)
+    return model
+
+
+@contextmanager
+def materialized(
+    model: ModelT,
+    target_device: torch.device | str | int = "cpu",
+    *,
+    on_modified: OnModified = "write",
+    **options: Any,
+) -> Iterator[ModelT]:
+    """A model made whole for the length of a block; its dispatch comes back after it, also after an exception.
+
+    Args:
+        model: A module or pipeline. One that is not dispatched stays as it is after the block.
+        target_device: As for `materialize_meta_tensors`.
+        on_modified: As for `restore_dispatch`.
+        **options: Further arguments of `materialize_meta_tensors`, but not `keep_dispatch`.
+    """
+    was_dispatched = is_dispatched(model)
+    materialize_meta_tensors(model, target_device, keep_dispatch=True, **options)
+    try:
+        yield model
+    finally:
+        if was_dispatched:
+            restore_dispatch(model, on_modified=on_modified)
+
+
+def _components(model: object) -> dict[str, torch.nn.Module]:
+    if isinstance(model, torch.nn.Module):
+        return {"": model}
+    from modelcache.dataplane.adapters import modules_of
+
+    return modules_of(model)
+
+
+def _owner(model: object) -> object:
+    """The object that remembers the dispatch: a compiled module and its original are one model."""
+    return unwrapped(model) if isinstance(model, torch.nn.Module) else model
+
+
+def _resolved(target_device: torch.device | str | int) -> torch.device:
+    target = torch.device(target_device)
+    if target.type == "meta":
+        raise ValueError("target_device must be a device that holds data, not 'meta'")
+    if target.type == "cpu":
+        return torch.device("cpu")
+    # "cuda" means the current card, and only a tensor tells which that is.
+    return torch.empty_strided((0,), (1,), device=target).device
+
+
+def _planned(model: object, extra: list[Mapping[str, Any]]) -> Plan:
+    plan = make_plan(find_places(_components(model)), extra)
+    if plan.problems:
+        names = tuple(plan.problems)
+        raise MaterializeError(names, next(iter(plan.problems.values())))
+    if plan.missing:
+        raise MaterializeError(
+            tuple(plan.missing),
+            "no data is known for these meta tensors; they were never loaded, or were added after the dispatch. Pass "
+            "extra_sources= if it is in a folder or mapping",
+        )
+    return plan
+
+
+def _check_memory(needed: Mapping[Unit, int], target: torch.device) -> None:
+    total_bytes = sum(needed.values())
+    free_bytes = available_bytes(target) if total_bytes else None
+    if free_bytes is not None and total_bytes > free_bytes - _MARGIN_BYTES:
+        names = tuple(unit.name for unit in needed)
+        raise MaterializeMemoryError(names, total_bytes, max(0, free_bytes - _MARGIN_BYTES), str(target))
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """What can be allocated on a device now; `None` when nobody can tell."""
+    if device.type == "cpu":
+        return RamProbe().read().free_bytes
+    if device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return free_bytes + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    module = getattr(torch, device.type, None)
+    if not hasattr(module, "mem_get_info"):
+        return None
+    free_bytes, _ = module.mem_get_info(device)
+    return int(free_bytes)
+
+
+def _commit(
+    model: object,
+    plan: Plan,
+    staged: Staged,
+    stands_for: Mapping[Unit, Unit],
+    target: torch.device,
+    *,
+    keep_dispatch: bool,
+) -> None:
+    swaps: list[Swap] = []
+    for unit in plan.units():
+        tensor = staged.tensors[stands_for.get(unit, unit)]
+        swaps += [Entry(slot.table, slot.key, slot.tensor, tensor) for slot in unit.slots if slot.tensor is not tensor]
+    swaps += [memory for unit, memory in staged.memory.items() if unit not in stands_for]
+    swaps += staged.swaps
+    hooks = [swap for module in plan.places.modules for swap in state.unhooking(module)]
+    others = _of_pipeline(model, target)
+    swap_all([*swaps, *hooks, *others], check=lambda: _assert_whole(model))
+    attributes = vars(_owner(model))
+    if not keep_dispatch:
+        attributes.pop(ATTRIBUTE, None)
+    elif plan.loads or hooks:
+        attributes[ATTRIBUTE] = take_snapshot(plan, staged, hooks, others)
+
+
+def _of_pipeline(model: object, target: torch.device) -> list[Swap]:
+    """A pipeline's own memory of its offloading, which would bring the hooks back at the end of its next call."""
+    if isinstance(model, torch.nn.Module):
+        return []
+    from modelcache.dataplane.adapters import remember
+
+    attributes = getattr(model, "__dict__", {})
+    swaps: list[Swap] = [
+        Entry(attributes, key, attributes[key], ABSENT)
+        for key in ("hf_device_map", "_offload_device")
+        if key in attributes
+    ]
+    if attributes.get("_all_hooks"):
+        swaps.append(Entry(attributes, "_all_hooks", attributes["_all_hooks"], []))
+    swaps += [
+        Entry(attributes, key, value, target if isinstance(value, torch.device) else str(target))
+        for owner, key, value in remember(model).stored
+        if owner is model and key in attributes
+    ]
+    return swaps
+
+
+def _assert_whole(model: object) -> None:
+    """The last look before a commit stands; a bug of ours must not hand out a model that is half made."""
+    if is_dispatched(model):
+        raise MaterializeError((), "the model was not whole after all its tensors were put in; please report this")
+
+
+def _names(unit: Unit) -> tuple[str, ...]:
+    return tuple(name for slot in unit.slots for name in slot.names)
+
+
+def _in_words(unit: Unit) -> str:
+    match unit.found:
+        case FileBytes(path=path):
+            return f"file {path}"
+        case state.KeptTensor(tensor=tensor):
+            return f"memory of the dispatch on {tensor.device}"
+        case _:
+            return "a mapping of the dispatch"
+
+
+class _Turn:
+    """Whose turn it is with one model. Another thread waits; the same thread is refused, or it would wait for itself."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.thread: int | None = None
+
+
+_turns: WeakKeyDictionary[Any, _Turn] = WeakKeyDictionary()
+_turns_lock = threading.Lock()  # guards the table only; taken before a turn's own lock and released before it is held
+
+
+@contextmanager
+def _turn_of(model: object) -> Iterator[None]:
+    with _turns_lock:
+        turn = _turns.setdefault(_owner(model), _Turn())
+    if turn.thread == threading.get_ident():
+        raise MaterializeError((), "this model is being materialized or restored by this very thread already")
+    with turn.lock:
+        turn.thread = threading.get_ident()
+        try:
+            yield
+        finally:
+            turn.thread = None

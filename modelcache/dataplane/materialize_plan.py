@@ -158,9 +158,7 @@ def _bases(places: Places) -> list[_Base]:
     return list(bases.values())
 
 
-def _units(
-    places: Places, owners: Mapping[torch.nn.Module, object], *, confused: bool
-) -> Iterable[Unit]:
+def _units(places: Places, owners: Mapping[torch.nn.Module, object], *, confused: bool) -> Iterable[Unit]:
     """Slots that hold the same object are one unit."""
     units: dict[object, Unit] = {}
     for slot in places.slots:

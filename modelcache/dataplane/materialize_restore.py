@@ -133,7 +133,8 @@ def _refuse_changed_hooks(snapshot: Snapshot) -> None:
                 continue
         if now is not after:
             raise MaterializeError(
-                (), f"cannot restore the dispatch: {key!r} of a module was set after it was materialized; undo that first"
+                (),
+                f"cannot restore the dispatch: {key!r} of a module was set after it was materialized; undo that first",
             )
 
 

@@ -91,9 +91,7 @@ def find_places(components: Mapping[str, torch.nn.Module]) -> Places:
     return places
 
 
-def _walk(
-    module: torch.nn.Module, path: ModulePath, above: set[int]
-) -> Iterator[tuple[ModulePath, torch.nn.Module]]:
+def _walk(module: torch.nn.Module, path: ModulePath, above: set[int]) -> Iterator[tuple[ModulePath, torch.nn.Module]]:
     if id(module) in above:
         return
     yield path, module

@@ -65,7 +65,9 @@ def is_shared(unit: Unit, target: torch.device, *, always_copy: bool) -> bool:
 
 def needed_bytes(plan: Plan, target: torch.device, *, always_copy: bool) -> dict[Unit, int]:
     """The bytes that each unit will newly take on the target; units that take none are left out."""
-    loading = {unit: size_bytes(unit.tensor) for unit in plan.loads if not is_shared(unit, target, always_copy=always_copy)}
+    loading = {
+        unit: size_bytes(unit.tensor) for unit in plan.loads if not is_shared(unit, target, always_copy=always_copy)
+    }
     moving = {unit: size_bytes(unit.tensor) for unit in plan.live if needs_move(unit, target)}
     return {unit: size for unit, size in (loading | moving).items() if size}
 
@@ -170,7 +172,9 @@ class Stager:
             parameter = as_quantized(value, unit.tensor, unit.weights, unit.key, fetch)
             self._staged.tensors[unit] = parameter
             self._staged.swaps += [
-                Entry(vars(slot.module), "quant_state", vars(slot.module)["quant_state"], vars(parameter)["quant_state"])
+                Entry(
+                    vars(slot.module), "quant_state", vars(slot.module)["quant_state"], vars(parameter)["quant_state"]
+                )
                 for slot in unit.slots
                 if "quant_state" in vars(slot.module) and "quant_state" in vars(parameter)
             ]

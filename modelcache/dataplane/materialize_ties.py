@@ -52,9 +52,7 @@ def collect_claims(plan: Plan, tied_params: TiedNames | None) -> list[Claim]:
     return [*claims, *_flagged(plan, slots, unit_of)] if plan.trusts_ties else claims
 
 
-def _ordered(
-    tied_params: TiedNames | None, slots: Mapping[str, Slot], unit_of: Mapping[Slot, Unit]
-) -> Iterator[Claim]:
+def _ordered(tied_params: TiedNames | None, slots: Mapping[str, Slot], unit_of: Mapping[Slot, Unit]) -> Iterator[Claim]:
     groups = tied_params.items() if isinstance(tied_params, Mapping) else tied_params or ()
     for group in groups:
         if isinstance(group, str):
@@ -139,9 +137,7 @@ def unite(claims: Iterable[Claim], staged: Staged) -> dict[Unit, Unit]:
                         (heads[0].name, unit.name), "tied_params says these are one tensor, but their data differs"
                     )
                 heads.append(unit)
-            elif twin is not unit and not (
-                claim.groups_apart and (sizes.get(twin, 1) > 1 and sizes.get(unit, 1) > 1)
-            ):
+            elif twin is not unit and not (claim.groups_apart and (sizes.get(twin, 1) > 1 and sizes.get(unit, 1) > 1)):
                 # Better evidence made two ties of what this one lumps together.
                 stands_for[unit] = twin
                 sizes[twin] = sizes.get(twin, 1) + sizes.get(unit, 1)
