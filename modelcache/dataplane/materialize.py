@@ -17,12 +17,12 @@ from weakref import WeakKeyDictionary
 import torch
 
 from modelcache.dataplane import accelerate_state as state
-from modelcache.dataplane.materialize_files import FileBytes, FileProblemError
+from modelcache.dataplane.materialize_files import FileBytes
 from modelcache.dataplane.materialize_journal import ABSENT, Entry, Swap, swap_all
 from modelcache.dataplane.materialize_plan import Plan, Unit, make_plan, open_extra
-from modelcache.dataplane.materialize_restore import ATTRIBUTE, OnModified, Snapshot, put_back, take_snapshot
+from modelcache.dataplane.materialize_restore import ATTRIBUTE, OnModified, put_back, take_snapshot
 from modelcache.dataplane.materialize_slots import find_places, size_bytes, unwrapped
-from modelcache.dataplane.materialize_stage import Report, Staged, Stager, needed_bytes
+from modelcache.dataplane.materialize_stage import Staged, Stager, needed_bytes
 from modelcache.dataplane.materialize_ties import TiedNames, collect_claims, unite
 from modelcache.dataplane.probe_ram import RamProbe
 from modelcache.errors import MaterializeError, MaterializeMemoryError
@@ -290,11 +290,8 @@ def available_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
         return free_bytes + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    module = getattr(torch, device.type, None)
-    if not hasattr(module, "mem_get_info"):
-        return None
-    free_bytes, _ = module.mem_get_info(device)
-    return int(free_bytes)
+    measure = getattr(getattr(torch, device.type, None), "mem_get_info", None)
+    return None if measure is None else int(measure(device)[0])
 
 
 def _commit(
@@ -314,12 +311,17 @@ def _commit(
     swaps += staged.swaps
     hooks = [swap for module in plan.places.modules for swap in state.unhooking(module)]
     others = _of_pipeline(model, target)
-    swap_all([*swaps, *hooks, *others], check=lambda: _assert_whole(model))
     attributes = vars(_owner(model))
+    known = attributes.get(ATTRIBUTE, ABSENT)
     if not keep_dispatch:
-        attributes.pop(ATTRIBUTE, None)
+        kept: Any = ABSENT
     elif plan.loads or hooks:
-        attributes[ATTRIBUTE] = take_snapshot(plan, staged, hooks, others)
+        kept = take_snapshot(plan, staged, stands_for, hooks, others)
+    else:
+        # Only moved: what an earlier call took off is still what can be put back.
+        kept = known
+    memory = [] if kept is known else [Entry(attributes, ATTRIBUTE, known, kept)]
+    swap_all([*swaps, *hooks, *others, *memory], check=lambda: _assert_whole(model))
 
 
 def _of_pipeline(model: object, target: torch.device) -> list[Swap]:
@@ -365,7 +367,10 @@ def _in_words(unit: Unit) -> str:
 
 
 class _Turn:
-    """Whose turn it is with one model. Another thread waits; the same thread is refused, or it would wait for itself."""
+    """Whose turn it is with one model.
+
+    Another thread waits; the same thread, from a progress report, is refused, or it would wait for itself.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()

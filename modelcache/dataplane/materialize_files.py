@@ -199,7 +199,7 @@ def new_tensor(shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] |
 def _fill(descriptor: int, tensor: torch.Tensor, place: FileBytes) -> None:
     if not place.size_bytes:
         return
-    memory = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    memory = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
     done = 0
     while done < place.size_bytes:
         count = os.preadv(descriptor, [memory[done : done + _MAX_READ_BYTES]], place.offset + done)

@@ -26,8 +26,11 @@ ABSENT: Final = Absent.ABSENT
 class Swap(Protocol):
     """One write with both of its values. Doing or undoing it twice is the same as once."""
 
-    def do(self) -> None: ...
-    def undo(self) -> None: ...
+    def do(self) -> None:
+        """Write the new value."""
+
+    def undo(self) -> None:
+        """Write the old value."""
 
 
 @dataclass(slots=True, frozen=True)

@@ -66,12 +66,15 @@ class Snapshot:
         return (type(None), ())
 
 
-def take_snapshot(plan: Plan, staged: Staged, hooks: Sequence[Swap], others: Sequence[Swap]) -> Snapshot:
+def take_snapshot(
+    plan: Plan, staged: Staged, stands_for: Mapping[Unit, Unit], hooks: Sequence[Swap], others: Sequence[Swap]
+) -> Snapshot:
     """Remember what `plan` found. The memory that live tensors had is not held: it was to become free.
 
     Args:
         plan: What was found.
-        staged: What was put in.
+        staged: What will be put in.
+        stands_for: Units that turned out to be another one.
         hooks: The swaps of accelerate's hooks.
         others: The swaps of other attributes.
     """
@@ -82,7 +85,7 @@ def take_snapshot(plan: Plan, staged: Staged, hooks: Sequence[Swap], others: Seq
             MadeReal(slot, slot.tensor, unit.kept.get(slot), tensor, tensor._version)
             for unit in plan.loads
             for slot in unit.slots
-            if (tensor := slot.table[slot.key]) is not None
+            for tensor in (staged.tensors[stands_for.get(unit, unit)],)
         ],
         homes=[(slot, device) for unit, device in _moved(plan, staged) for slot in unit.slots],
         modules=frozenset(map(id, plan.places.modules)),
@@ -215,7 +218,7 @@ def _written_back(made: MadeReal) -> Swap:
 
 
 def _homewards(snapshot: Snapshot) -> Iterator[Swap]:
-    away: dict[torch.device, dict[int, tuple[Slot, torch.Tensor]]] = {}
+    away: dict[torch.device, dict[int, torch.Tensor]] = {}
     for slot, home in snapshot.homes:
         now = slot.table.get(slot.key)
         if now is None or now.is_meta or now.device == home:
@@ -224,9 +227,9 @@ def _homewards(snapshot: Snapshot) -> Iterator[Swap]:
             moved = now.detach().to(home)
             yield Entry(slot.table, slot.key, now, as_parameter(moved, now) if slot.is_parameter else moved)
         else:
-            away.setdefault(home, {})[id(now)] = (slot, now)
+            away.setdefault(home, {})[id(now)] = now
     for home, tensors in away.items():
-        for (_, tensor), data in relocated(((one, one[1].detach()) for one in tensors.values()), home):
+        for tensor, data in relocated([(tensor, tensor.detach()) for tensor in tensors.values()], home):
             grad = tensor.grad
             yield Memory(tensor, tensor.data, data, grad, None if grad is None else grad.to(home))
 
@@ -239,6 +242,6 @@ def _warn_of_new_modules(snapshot: Snapshot, components: Mapping[str, torch.nn.M
     ]
     if new:
         warnings.warn(
-            f"{len(new)} modules with weights were added after the dispatch ({', '.join(new[:3])}); they stay as they are",
+            f"{len(new)} modules with weights were added after the dispatch and stay as they are: {', '.join(new[:3])}",
             stacklevel=4,
         )

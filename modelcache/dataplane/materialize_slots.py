@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -80,7 +80,7 @@ def find_places(components: Mapping[str, torch.nn.Module]) -> Places:
             places.modules.setdefault(found, []).append(path)
     for module, paths in places.modules.items():
         _refuse_module(module, paths[0].shown)
-        for table in (module._parameters, module._buffers):
+        for table in cast("list[dict[str, torch.Tensor | None]]", [module._parameters, module._buffers]):
             for key, tensor in table.items():
                 if tensor is not None:
                     names = tuple(join(path.shown, key) for path in paths)

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -27,6 +28,7 @@ from modelcache.dataplane.materialize_slots import is_wrapper, size_bytes
 from modelcache.errors import MaterializeError
 
 Report = Callable[[int, int, str], None]
+KeyT = TypeVar("KeyT")
 
 
 @dataclass(slots=True)
@@ -280,32 +282,31 @@ def _read_all(
 
 
 def relocated(
-    tensors: Iterable[tuple[Unit, torch.Tensor]], target: torch.device
-) -> Iterator[tuple[Unit, torch.Tensor]]:
-    """Copies on the target; tensors that share memory are copied together and share it again."""
-    groups: dict[object, list[tuple[Unit, torch.Tensor]]] = {}
-    for unit, tensor in tensors:
+    tensors: Iterable[tuple[KeyT, torch.Tensor]], target: torch.device
+) -> Iterator[tuple[KeyT, torch.Tensor]]:
+    """Copies on the target, with the caller's keys; tensors that share memory are copied together and share it again."""
+    groups: dict[object, list[tuple[KeyT, torch.Tensor]]] = {}
+    for key, tensor in tensors:
         shares = tensor.layout == torch.strided and tensor.numel() > 0
-        key: object = (tensor.untyped_storage().data_ptr(), str(tensor.device)) if shares else unit
-        groups.setdefault(key, []).append((unit, tensor))
+        key: object = (XX
     for group in groups.values():
         tensor = group[0][1]
         place = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype) if len(group) > 1 else None
         if all((t.storage_offset(), t.shape, t.stride(), t.dtype) == place for _, t in group[1:]):
             copied = tensor.detach().to(target, copy=True)
-            for unit, _ in group:
-                yield unit, copied
+            for key, _ in group:
+                yield key, copied
         else:
             yield from _with_storage(group, target)
 
 
 def _with_storage(
-    group: Sequence[tuple[Unit, torch.Tensor]], target: torch.device
-) -> Iterator[tuple[Unit, torch.Tensor]]:
+    group: Sequence[tuple[KeyT, torch.Tensor]], target: torch.device
+) -> Iterator[tuple[KeyT, torch.Tensor]]:
     """Different views of one memory: the memory is copied once and viewed the same ways."""
     storage = group[0][1].untyped_storage()
     raw = torch.empty_strided((0,), (1,), dtype=torch.uint8, device=group[0][1].device).set_(storage)
     copied = raw.to(target, copy=True)
-    for unit, tensor in group:
+    for key, tensor in group:
         typed = copied[: len(copied) // tensor.element_size() * tensor.element_size()].view(tensor.dtype)
-        yield unit, typed.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        yield key, typed.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())

@@ -44,7 +44,8 @@ def collect_claims(plan: Plan, tied_params: TiedNames | None) -> list[Claim]:
         tied_params: Groups of full names, or a mapping of names to names.
 
     Raises:
-        ValueError: `tied_params` names no tensor of the model.
+        TypeError: `tied_params` is a list of names and not of groups.
+        ValueError: It names no tensor of the model.
     """
     unit_of = {slot: unit for unit in plan.units() for slot in unit.slots}
     slots = plan.places.slots_by_name()
@@ -56,7 +57,7 @@ def _ordered(tied_params: TiedNames | None, slots: Mapping[str, Slot], unit_of: 
     groups = tied_params.items() if isinstance(tied_params, Mapping) else tied_params or ()
     for group in groups:
         if isinstance(group, str):
-            raise ValueError(f"tied_params must be groups of names, such as [[{group!r}, ...]], not names")
+            raise TypeError(f"tied_params must be groups of names, such as [[{group!r}, ...]], not names")
         unknown = [name for name in group if name not in slots]
         if unknown:
             raise ValueError(f"tied_params: the model has no tensor {unknown[0]!r}")
@@ -128,8 +129,7 @@ def unite(claims: Iterable[Claim], staged: Staged) -> dict[Unit, Unit]:
 
     for claim in claims:
         heads: list[Unit] = []
-        for unit in sorted(claim.units, key=lambda unit: not unit.is_live):
-            unit = head(unit)
+        for unit in sorted(map(head, claim.units), key=lambda unit: not unit.is_live):
             twin = next((other for other in heads if other is unit or _is_same(other, unit, staged)), None)
             if twin is None:
                 if claim.is_order and heads:

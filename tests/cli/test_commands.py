@@ -53,7 +53,7 @@ def test_files_that_are_not_there_are_a_warning(run, tmp_path) -> None:
     result = run("config", "check", "models.yaml")
     assert result.exit_code == 0
     assert result.stdout == (
-        "models.yaml:2:34: warning: models.a.path: there is no 'nowhere'; put the files there or correct the path\n"
+        "models.yaml:2:35: warning: models.a.path: there is no 'nowhere'; put the files there or correct the path\n"
     )
 
 
