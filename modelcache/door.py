@@ -26,7 +26,7 @@ FIRST_USE_S = 2.0
 
 
 class Entry:
-    """What the hit path knows of one model. `model` is set before its gate first opens."""
+    """What the hit path knows of one model. `model` is set by its first lease."""
 
     __slots__ = ("gate", "model", "name")
 
@@ -157,6 +157,10 @@ class FrontDoor:
         # The lease exists before the gate knows of it, so an interrupt in between loses nothing.
         lease = kind(entry.name, gate, tick, self._on_return, entry.model, site=_site() if self._with_sites else None)
         if gate.enter(tick, holder):
+            if entry.model is None:
+                # Nobody has leased it yet: a prefetch has opened the gate.
+                entry.model = self._object_of(entry.name)
+                lease.fill(entry.model)
             return lease
         lease.close()
         return None

@@ -143,7 +143,8 @@ class Rig:
 
     def close(self) -> None:
         self.mover.close()
-        gc.collect()
+        if self.device.allocated_bytes() or self.mover.live_ram_bytes:
+            gc.collect()
         assert self.device.allocated_bytes() == 0
         assert self.mover.live_ram_bytes == 0
         assert self.device.page_locked_bytes == 0

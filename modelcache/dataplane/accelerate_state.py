@@ -179,8 +179,7 @@ def _kept_on_disk(loader: OffloadedWeightsLoader, key: str) -> KeptInSafetensors
     dtype = _dtype_named(entry.get("dtype"))
     if entry.get("safetensors_file") is not None:
         return KeptInSafetensors(str(entry["safetensors_file"]), entry.get("weight_name", key), dtype, loader, key)
-    path = str(Path(loader.save_folder or "") / f"{key}.dat")
-    return KeptInDat(path, dtype, tuple(entry.get("shape", ())), loader, key)
+    return KeptInDat(f"{loader.save_folder}/{key}.dat", dtype, tuple(entry.get("shape", ())), loader, key)
 
 
 def _dtype_named(name: str | None) -> torch.dtype | None:
@@ -278,7 +277,7 @@ def _made_by(function: Any, file_name: str, name: str) -> bool:
     if not isinstance(function, FunctionType):
         return False
     code = function.__code__
-    return code.co_name == name and Path(code.co_filename).parts[-2:] == ("accelerate", file_name)
+    return code.co_name == name and code.co_filename.replace("\\", "/").endswith(f"/accelerate/{file_name}")
 
 
 def _is_of_class(method: Any, module: torch.nn.Module, name: str) -> bool:

@@ -255,7 +255,7 @@ def _one_per_source(loads: Sequence[Unit]) -> list[Unit]:
 def _identity(unit: Unit) -> object | None:
     match unit.found:
         case FileBytes(path=path, offset=offset, size_bytes=size, cast=cast) if size:
-            return str(Path(path).resolve()), offset, cast
+            return path, offset, cast
         case KeptTensor(tensor=tensor) if is_wrapper(tensor):
             return id(tensor)
         case KeptTensor(tensor=tensor) if tensor.numel() and tensor.layout == torch.strided:

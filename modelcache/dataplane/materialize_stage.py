@@ -284,11 +284,12 @@ def _read_all(
 def relocated(
     tensors: Iterable[tuple[KeyT, torch.Tensor]], target: torch.device
 ) -> Iterator[tuple[KeyT, torch.Tensor]]:
-    """Copies on the target, with the caller's keys; tensors that share memory are copied together and share it again."""
+    """Copies on the target under the same keys; tensors that share memory are copied together and share it again."""
     groups: dict[object, list[tuple[KeyT, torch.Tensor]]] = {}
     for key, tensor in tensors:
         shares = tensor.layout == torch.strided and tensor.numel() > 0
-        key: object = (XX
+        memory = (tensor.untyped_storage().data_ptr(), str(tensor.device)) if shares else object()
+        groups.setdefault(memory, []).append((key, tensor))
     for group in groups.values():
         tensor = group[0][1]
         place = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype) if len(group) > 1 else None

@@ -129,7 +129,7 @@ def unite(claims: Iterable[Claim], staged: Staged) -> dict[Unit, Unit]:
 
     for claim in claims:
         heads: list[Unit] = []
-        for unit in sorted(map(head, claim.units), key=lambda unit: not unit.is_live):
+        for unit in sorted(dict.fromkeys(map(head, claim.units)), key=lambda unit: not unit.is_live):
             twin = next((other for other in heads if other is unit or _is_same(other, unit, staged)), None)
             if twin is None:
                 if claim.is_order and heads:

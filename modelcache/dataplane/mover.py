@@ -105,14 +105,15 @@ class TorchMover:
         self._require_open()
         self._require_new(spec)
         started = self._now_s()
-        built = self._run_loader(spec)
-        with self._admitting, _plain_tensors():
-            self._require_open()
-            self._require_new(spec)
-            model = self._admission.admit(spec, built, lambda: list(self._parts.values()))
-            self._models[spec.name] = model
-            self._parts.update({part.id: part for part in model.parts})
-            model.settle_in(self._device.torch_device, self._device.holds_copies)
+        with _words_of_loader(spec):
+            built = self._run_loader(spec)
+            with self._admitting, _plain_tensors():
+                self._require_open()
+                self._require_new(spec)
+                model = self._admission.admit(spec, built, lambda: list(self._parts.values()))
+                model.settle_in(self._device.torch_device, self._device.holds_copies)
+                self._models[spec.name] = model
+                self._parts.update({part.id: part for part in model.parts})
         return LoadedFacts(
             parts=tuple(self._facts(part) for part in model.parts),
             concurrency=adapters.default_concurrency(built.model),
@@ -226,13 +227,8 @@ class TorchMover:
             from modelcache.dataplane.loaders import build
 
             self._build = build
-        try:
-            built = self._build(spec)
-            _materialize(built)
-        except ModelCacheError:
-            raise
-        except Exception as error:  # a loader is user code and may raise anything
-            raise LoaderError(spec.name, str(spec.loader), f"raised {type(error).__name__}: {error}") from error
+        built = self._build(spec)
+        _materialize(built)
         return built
 
     def _facts(self, part: Part) -> PartFacts:
@@ -325,6 +321,17 @@ class TorchMover:
     def _require_open(self) -> None:
         if self._closed:
             raise CacheClosedError
+
+
+@contextlib.contextmanager
+def _words_of_loader(spec: ModelSpec) -> Iterator[None]:
+    """What a loader raises, or what its object does when it is looked at, as a `LoaderError` with its cause."""
+    try:
+        yield
+    except ModelCacheError:
+        raise
+    except Exception as error:  # loaders and their objects are user code and may raise anything
+        raise LoaderError(spec.name, str(spec.loader), f"raised {type(error).__name__}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -10,9 +10,7 @@ from pathlib import Path
 __all__ = ["run"]
 
 
-def run(
-    *, synthetic: bool = False, out: str | Path = "demo-report", num_requests: int = 200, seed: int = 7
-) -> int:
+def run(*, synthetic: bool = False, out: str | Path = "demo-report", num_requests: int = 200, seed: int = 7) -> int:
     """Run the demo: progress on standard error, the report on standard output, two files in `out`.
 
     Args:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
 from modelcache.demo import digits
 from modelcache.demo.accelerator import label, opened
 from modelcache.demo.chrome_trace import write_trace

@@ -1,4 +1,4 @@
-"""A model that accelerate dispatched over CPU and disk: what it cannot do any more, and what it can again afterwards."""
+"""A model that accelerate dispatched over CPU and disk: what it cannot do any more, and what it can again."""
 
 from __future__ import annotations
 
@@ -54,9 +54,7 @@ def _through_cache(
     budgets: Budgets,
 ) -> list[Check]:
     """Registered as it is, brought up, parked, and brought up again."""
-    with ModelCache(
-        vram=budgets.vram_bytes, ram=_RAM_BYTES, device=accelerator.device, progress=False
-    ) as cache:
+    with ModelCache(vram=budgets.vram_bytes, ram=_RAM_BYTES, device=accelerator.device, progress=False) as cache:
         cache.register(_NAME, lambda: dispatched)
         with cache.get(_NAME) as model:
             first = embed(model, tokens, accelerator.torch_device)

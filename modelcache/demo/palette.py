@@ -14,7 +14,5 @@ def terminal_colour(index: int) -> str:
 
 def style_sheet() -> str:
     """The colours as CSS variables ``--m0`` ... of both schemes."""
-    light, dark = (
-        "".join(f"--m{i}:{colour};" for i, colour in enumerate(colours)) for colours in (LIGHT, DARK)
-    )
+    light, dark = ("".join(f"--m{i}:{colour};" for i, colour in enumerate(colours)) for colours in (LIGHT, DARK))
     return f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"

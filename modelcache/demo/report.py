@@ -56,4 +56,6 @@ def print_report(title: str, outcomes: Sequence[Outcome], checks: Sequence[Check
     console.print()
     num_failed = sum(not check.holds for check in checks)
     verdict = "all checks passed" if not num_failed else f"checks failed: {num_failed}"
-    console.print(Text(f"{verdict} ({len(checks) - num_failed} of {len(checks)})", "green" if not num_failed else "red"))
+    console.print(
+        Text(f"{verdict} ({len(checks) - num_failed} of {len(checks)})", "green" if not num_failed else "red")
+    )

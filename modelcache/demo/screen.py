@@ -102,7 +102,10 @@ class RunView:
 def _progress(done: int, total: int) -> Text:
     filled = _BAR_WIDTH * done // max(1, total)
     return Text.assemble(
-        ("requests  ", "bold"), ("━" * filled, "green"), ("━" * (_BAR_WIDTH - filled), "bright_black"), f"  {done}/{total}"
+        ("requests  ", "bold"),
+        ("━" * filled, "green"),
+        ("━" * (_BAR_WIDTH - filled), "bright_black"),
+        f"  {done}/{total}",
     )
 
 

@@ -93,9 +93,7 @@ def serve_cached(
 class _Run:
     """Serves requests one after the other and notes when what happened."""
 
-    def __init__(
-        self, cache: ModelCache, workload: Workload, device: torch.device, began_s: float, tell: Tell
-    ) -> None:
+    def __init__(self, cache: ModelCache, workload: Workload, device: torch.device, began_s: float, tell: Tell) -> None:
         self._cache, self._workload, self._device, self._tell = cache, workload, device, tell
         self._began_s = began_s
         self._served: list[Served] = []

@@ -13,9 +13,7 @@ _LEAST_ACCURACY = 0.95
 _TOLERANCE = 1e-6
 
 
-def verdicts(
-    rescue: Rescue, reload: Outcome, runs: Sequence[CacheRun], budgets: Budgets
-) -> tuple[Check, ...]:
+def verdicts(rescue: Rescue, reload: Outcome, runs: Sequence[CacheRun], budgets: Budgets) -> tuple[Check, ...]:
     """All checks, in the order of the acts."""
     checks = list(rescue.checks)
     for run in runs:

@@ -70,9 +70,7 @@ class Watch:
         with self._lock:
             stats = self._cache.status()
             models = {model.name: model for model in stats.models}
-            held = {
-                tier: tuple(int(getattr(models[name], f"{tier}_bytes")) for name in self._names) for tier in TIERS
-            }
+            held = {tier: tuple(int(getattr(models[name], f"{tier}_bytes")) for name in self._names) for tier in TIERS}
             charged = {
                 str(tier.tier): tier.resident_bytes + tier.reserved_bytes + tier.draining_bytes for tier in stats.tiers
             }

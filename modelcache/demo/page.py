@@ -1,0 +1,158 @@
+"""The page the demo writes: one file, nothing from the network, light and dark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from modelcache import format_bytes, format_seconds
+from modelcache.demo.palette import style_sheet
+from modelcache.demo.records import Budgets, Check, Outcome, Rescue
+from modelcache.demo.report import comparison
+from modelcache.demo.timeline import timeline
+from modelcache.demo.variants import Workload
+
+_STYLE = """
+*{box-sizing:border-box}
+:root{--bg:#fff;--fg:#1d2129;--dim:#667085;--line:#d8dce3;--soft:#f3f5f8;--good:#1f8a5b;--bad:#c4352b}
+@media (prefers-color-scheme:dark){:root{--bg:#14171c;--fg:#e6e9ee;--dim:#98a2b3;--line:#333a45;--soft:#1d2229;
+--good:#4cc38a;--bad:#ff7a70}}
+body{background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:1180px;
+padding:28px 20px 60px}
+h1{font-size:24px;margin:0 0 4px}h2{font-size:18px;margin:36px 0 8px}p{margin:6px 0;max-width:75ch}
+.dim{color:var(--dim)}code,pre{font:13px/1.45 ui-monospace,monospace}
+pre{background:var(--soft);border:1px solid var(--line);border-radius:6px;padding:8px 12px;margin:6px 0;
+white-space:pre-wrap;overflow-wrap:anywhere}
+table{border-collapse:collapse;margin:8px 0;width:100%}th,td{padding:5px 12px 5px 0;text-align:left;
+border-bottom:1px solid var(--line);vertical-align:top}th{font-weight:600}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
+.good{color:var(--good);font-weight:700}.bad{color:var(--bad);font-weight:700}
+.bar{height:14px;border-radius:3px;background:var(--m0);min-width:2px}
+.scroll{overflow-x:auto}svg{display:block;width:100%;min-width:760px;height:auto}
+svg text{fill:var(--dim);font:12px system-ui,sans-serif}svg text.name{fill:var(--fg);font-weight:600}
+svg .axis{stroke:var(--line)}svg .budget{stroke:var(--bad);stroke-dasharray:5 4}
+svg .piece:hover,svg .area:hover{opacity:.75}
+.key{display:flex;flex-wrap:wrap;gap:4px 18px;margin:8px 0}.key span::before{content:"";display:inline-block;width:12px;
+height:12px;border-radius:3px;margin-right:6px;vertical-align:-1px;background:var(--c)}
+#tip{position:fixed;pointer-events:none;background:var(--fg);color:var(--bg);font-size:13px;padding:4px 8px;
+border-radius:5px;max-width:360px;display:none;z-index:2}
+"""
+# The titles inside the drawings already tell everything; this only tells it at once.
+_SCRIPT = """
+const tip=document.getElementById('tip');
+document.addEventListener('mousemove',e=>{const t=e.target.closest('[data-tip]');
+if(!t){tip.style.display='none';return}
+tip.textContent=t.dataset.tip;tip.style.display='block';
+tip.style.left=Math.min(e.clientX+14,innerWidth-tip.offsetWidth-8)+'px';tip.style.top=(e.clientY+16)+'px'});
+"""
+
+
+def write_page(
+    path: Path,
+    title: str,
+    workload: Workload,
+    sizes: Mapping[str, int],
+    budgets: Budgets,
+    rescued: Rescue,
+    outcomes: Sequence[Outcome],
+    checks: Sequence[Check],
+) -> None:
+    """Write the page.
+
+    Args:
+        path: The file.
+        title: Says which weights these are, on which device.
+        workload: The models, whose order is that of their colours.
+        sizes: Bytes of each model.
+        budgets: Of the cache.
+        rescued: The dispatched model.
+        outcomes: The runs of the trace, delete-and-reload first.
+        checks: Everything the demo claims.
+    """
+    sections = [
+        _head(title, workload, sizes, budgets, checks),
+        _rescue(rescued),
+        _comparison(outcomes),
+        *(
+            f"<h2>{escape(outcome.title)}: what was where</h2>" + timeline(outcome, workload.names, budgets)
+            for outcome in outcomes
+            if outcome.samples
+        ),
+        _checks(checks),
+    ]
+    path.write_text(
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{style_sheet()}{_STYLE}</style></head><body>"
+        + "".join(sections)
+        + f'<div id="tip"></div><script>{_SCRIPT}</script></body></html>\n',
+        encoding="utf-8",
+    )
+
+
+def _head(title: str, workload: Workload, sizes: Mapping[str, int], budgets: Budgets, checks: Sequence[Check]) -> str:
+    failed = sum(not check.holds for check in checks)
+    verdict = (
+        f'<span class="good">all {len(checks)} checks passed</span>'
+        if not failed
+        else f'<span class="bad">{failed} of {len(checks)} checks failed</span>'
+    )
+    keys = "".join(
+        f'<span style="--c:var(--m{i})">{escape(name)} {format_bytes(sizes[name])}</span>'
+        for i, name in enumerate(workload.names)
+    )
+    return (
+        f"<h1>{escape(title)}</h1><p>{verdict}</p>"
+        f"<p>{len(workload.names)} models share {format_bytes(budgets.vram_bytes)} of VRAM and "
+        f"{format_bytes(budgets.ram_bytes)} of RAM: room for two of them up here, and for four down there.</p>"
+        f'<div class="key">{keys}</div>'
+    )
+
+
+def _rescue(rescued: Rescue) -> str:
+    rows = "".join(_check_row(check) for check in rescued.checks)
+    return (
+        "<h2>A model that accelerate had split</h2>"
+        f"<p>{rescued.num_meta} of its tensors were on the meta device: their data was on disk. Moving it failed:</p>"
+        f'<pre>model.to("cpu")  {escape(rescued.to_error)}</pre><pre>model.cpu()      {escape(rescued.cpu_error)}</pre>'
+        f"<p>Materialized, {format_bytes(rescued.size_bytes)} in {format_seconds(rescued.seconds)}, it moves, parks and "
+        f"comes back:</p><table><tbody>{rows}</tbody></table>"
+    )
+
+
+def _comparison(outcomes: Sequence[Outcome]) -> str:
+    headings, rows = comparison(outcomes)
+    head = "".join(f'<th class="{"n" if i else ""}">{escape(text)}</th>' for i, text in enumerate(headings))
+    body = "".join(
+        "<tr>" + "".join(f'<td class="{"n" if i else ""}">{escape(cell)}</td>' for i, cell in enumerate(row)) + "</tr>"
+        for row in rows
+    )
+    return (
+        "<h2>The same requests, three ways</h2>"
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        + _bars("Time spent waiting for models", outcomes, [o.waited_s for o in outcomes], format_seconds)
+        + _bars("Bytes moved", outcomes, [float(o.moved_bytes) for o in outcomes], lambda size: format_bytes(int(size)))
+    )
+
+
+def _bars(caption: str, outcomes: Sequence[Outcome], numbers: Sequence[float], words: object) -> str:
+    assert callable(words)
+    largest = max([*numbers, 1e-9])
+    rows = "".join(
+        f'<tr><td style="width:230px">{escape(outcome.title)}</td>'
+        f'<td><div class="bar" style="width:{100 * number / largest:.1f}%"></div></td>'
+        f'<td class="n" style="width:110px">{escape(words(number))}</td></tr>'
+        for outcome, number in zip(outcomes, numbers, strict=True)
+    )
+    return f'<p class="dim" style="margin-top:16px">{escape(caption)}</p><table><tbody>{rows}</tbody></table>'
+
+
+def _checks(checks: Sequence[Check]) -> str:
+    rows = "".join(_check_row(check) for check in checks)
+    return f"<h2>Checks</h2><table><tbody>{rows}</tbody></table>"
+
+
+def _check_row(check: Check) -> str:
+    mark = '<td class="good">✓</td>' if check.holds else '<td class="bad">✗</td>'
+    return f"<tr>{mark}<td>{escape(check.claim)}</td><td>{escape(check.number)}</td></tr>"
