@@ -148,7 +148,7 @@ class Rig:
         assert self.device.allocated_bytes() == 0
         assert self.mover.live_ram_bytes == 0
         assert self.device.page_locked_bytes == 0
-        assert not self.directory.exists() or not list(self.directory.iterdir())
+        assert not self.directory.exists() or not list(self.directory.iterdir()), "files were left behind"
 
 
 def bits(model: object) -> dict[str, torch.Tensor]:

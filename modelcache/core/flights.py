@@ -119,7 +119,8 @@ class Flights:
             account.drained(frees)
         if moved.written:
             part.source_stale = True
-            self.drop_image(part)
+            if not flight.move.write_image:
+                self.drop_image(part)
         if flight.move.write_image:
             part.has_image, part.image_bytes = True, flight.needs.disk
         if flight.move.kind is MoveKind.PROMOTE:

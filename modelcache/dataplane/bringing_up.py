@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from modelcache.dataplane import staging
+from modelcache.dataplane.blocks import return_freed_heap
 from modelcache.dataplane.copies import Done, NewCopies, Tiers, give_up
 from modelcache.dataplane.parts import Part
 from modelcache.move import Move
@@ -21,8 +22,12 @@ def stage(part: Part, move: Move, tiers: Tiers, tell: Callable[[int], None], the
         staging.fill(part, new, tiers, segments, tell)
         part.install(list(part.vram), [new.ram.get(s, copy) for s, copy in enumerate(part.ram)], then)
         new.keep()
+    first = any(part.with_loader[segment] for segment in segments)
     for segment in segments:
         part.with_loader[segment] = False
+    if first:
+        # What the loader held is on the C library's heap; the system wants it back.
+        return_freed_heap()
     return Done(sum(part.image.segments[s].size_bytes for s in segments))
 
 

@@ -5,8 +5,8 @@ UTF-8, padded with spaces), then the segments one after the other as they are in
 synced, renamed; only complete files ever have the final name. Read with ``pread``, never mapped: a mapping of a
 truncated file kills the process.
 
-Files belong to one process: they lie in a directory that this process made, readable by its user only, and nothing
-else is ever deleted.
+Files belong to one process: they lie in a directory that this process made, readable by its user only
+(`image_directory.py`), and nothing else is ever deleted.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modelcache.dataplane.image import View, WeightImage
+from modelcache.dataplane.image_directory import OwnDirectory
 from modelcache.errors import MoveError, WeightsError
 from modelcache.units import format_bytes
 
@@ -83,9 +84,8 @@ class ImageFiles:
 
     def __init__(self, directory: Path, write: Callable[[int, memoryview], int] = os.write) -> None:
         self._parent = directory
-        self._own = directory / f"process-{os.getpid()}-{secrets.token_hex(4)}"
+        self._own = OwnDirectory(directory)
         self._write = write
-        self._made_parent = False
 
     @staticmethod
     def size_bytes(contents: Contents) -> int:
@@ -103,15 +103,16 @@ class ImageFiles:
         Raises:
             MoveError: The directory or the file could not be written; an earlier file is as it was.
         """
-        final = self._own / (hashlib.sha256(contents.part.encode()).hexdigest()[:32] + ".image")
-        temporary = final.with_suffix(f".{secrets.token_hex(4)}.tmp")
+        name = hashlib.sha256(contents.part.encode()).hexdigest()[:32]
+        final = temporary = self._parent
         try:
-            self._make_directory()
+            directory = self._own.make()
+            final, temporary = directory / f"{name}.image", directory / f"{name}.{secrets.token_hex(4)}.tmp"
             written = self._write_new(temporary, final, contents, prints, segment)
             temporary.rename(final)
-            _sync_directory(self._own)
+            _sync_directory(directory)
         except BaseException as error:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # it may not exist yet, or be the directory that could not be made
                 temporary.unlink()
             if isinstance(error, OSError):
                 raise self._unwritable(error, final, contents) from error
@@ -146,16 +147,8 @@ class ImageFiles:
             file.path.unlink()
 
     def close(self) -> None:
-        """Remove the directory when it is empty."""
-        for directory in (self._own, self._parent) if self._made_parent else (self._own,):
-            with contextlib.suppress(OSError):
-                directory.rmdir()
-
-    def _make_directory(self) -> None:
-        if not self._parent.is_dir():
-            self._parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._made_parent = True
-        self._own.mkdir(mode=0o700, exist_ok=True)
+        """Remove the directory when it is empty. Idempotent."""
+        self._own.close()
 
     def _write_new(
         self,

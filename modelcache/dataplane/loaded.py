@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from modelcache.dataplane.parts import Part
 from modelcache.errors import ModelNotResidentError
 from modelcache.spec import ModelSpec
 
+log = logging.getLogger("modelcache.dataplane")
 _CPU = torch.device("cpu")
 
 
@@ -128,7 +130,20 @@ class LoadedModel:
             # The inner tensors of a model on disk have no shape to build an outer one over; those of one that is half
             # way are in two places. Both are behind the guard.
             if len({tensor.device for tensor in inner}) == 1 and not self._is_away(inner):
-                wrapper.follow()
+                self._exchange(wrapper)
+
+    def _exchange(self, wrapper: Wrapper) -> None:
+        try:
+            wrapper.follow()
+        except RuntimeError as error:
+            # Its inner tensors are where they belong, and they are what computes.
+            log.warning(
+                "model=%s tensor=%s goes on saying that it is on %s, because it cannot be exchanged: %s",
+                self.spec.name,
+                wrapper.name,
+                wrapper.outer.device,
+                str(error).partition("\n")[0],
+            )
 
     def _is_away(self, inner: list[torch.Tensor]) -> bool:
         members = (part.members.get(id(tensor)) for part in self.parts for tensor in inner)

@@ -393,10 +393,14 @@ def _seen(error: BaseException) -> str:
 
 def _materialize(built: Built) -> None:
     """Make a dispatched model whole; tensors on meta that the source fills itself are left alone."""
-    for module in adapters.modules_of(built.model).values():
-        has_hooks = any("_hf_hook" in each.__dict__ for each in module.modules())
-        if has_hooks or (built.source is None and any(tensor.is_meta for tensor in module.parameters())):
-            from modelcache.dataplane.materialize import is_dispatched, materialize_meta_tensors
+    try:
+        modules = adapters.modules_of(built.model).values()
+    except TypeError:
+        return  # no known kind of object; its admission says so in better words
+    has_hooks = any("_hf_hook" in each.__dict__ for module in modules for each in module.modules())
+    has_meta = any(tensor.is_meta for module in modules for tensor in (*module.parameters(), *module.buffers()))
+    if has_hooks or (has_meta and built.source is None):
+        from modelcache.dataplane.materialize import is_dispatched, materialize_meta_tensors
 
-            if is_dispatched(module):
-                materialize_meta_tensors(module, "cpu", keep_dispatch=False)
+        if is_dispatched(built.model):
+            materialize_meta_tensors(built.model, "cpu", keep_dispatch=False)

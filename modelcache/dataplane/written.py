@@ -14,6 +14,9 @@ from modelcache.dataplane.parts import Part
 def print_of(copy: Copy, tiers: Tiers) -> int:
     """The fingerprint of a copy, computed on the device or, when that has no room for it, in RAM."""
     full = False
+    view = tiers.device.host_view(copy.memory) if copy.piece is None else None
+    if view is not None:
+        return fingerprint(view)
     if copy.piece is None:
         try:
             return fingerprint(copy.memory)

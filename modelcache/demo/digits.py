@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 _TEST_EVERY = 5
-_NUM_EPOCHS = 12
+_NUM_EPOCHS = 8
 _BATCH = 64
 
 
@@ -26,9 +26,9 @@ class DigitsNet(nn.Module):
             nn.ReLU(),
             nn.MaxPool2d(2),
             nn.Flatten(),
-            nn.Linear(32 * 16, 48),
+            nn.Linear(32 * 16, 1024),
             nn.ReLU(),
-            nn.Linear(48, 10),
+            nn.Linear(1024, 10),
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ def _fit(net: DigitsNet, images: torch.Tensor, labels: torch.Tensor) -> None:
 
 
 def _descend(net: DigitsNet, images: torch.Tensor, labels: torch.Tensor) -> None:
-    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
     net.train()
     for _ in range(_NUM_EPOCHS):
         for batch in torch.randperm(len(labels)).split(_BATCH):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from html import escape
+from itertools import pairwise
 
 from modelcache import format_bytes, format_seconds
 from modelcache.demo.chrome_trace import tracks
@@ -131,7 +132,7 @@ def _area(samples: Sequence[Sample], tier: str, index: int, x: object, bottom: f
         return ""
     steps.append((x(end_s), steps[-1][1], steps[-1][2]))
     upper, lower = [], []
-    for (at, below, own), (until, _, _) in zip(steps, steps[1:], strict=False):
+    for (at, below, own), (until, _, _) in pairwise(steps):
         upper += [f"{at:.1f},{bottom - (below + own) * unit:.1f}", f"{until:.1f},{bottom - (below + own) * unit:.1f}"]
         lower += [f"{at:.1f},{bottom - below * unit:.1f}", f"{until:.1f},{bottom - below * unit:.1f}"]
     return "M" + "L".join(upper + lower[::-1]) + "Z"

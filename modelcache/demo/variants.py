@@ -147,7 +147,7 @@ def _variants(sentences: SentenceModel, digits: Digits) -> tuple[Variant, ...]:
     def file(dtype: str) -> dict[str, object]:
         return {"path": folder, "dtype": dtype, "model": "BertModel"}
 
-    five, four, three = layers(5), layers(4), layers(3)
+    five, three = layers(5), layers(3)
     original = "its safetensors file"
     again = "its loader, called again"
     image = "an image file of the cache"
@@ -171,5 +171,4 @@ def _variants(sentences: SentenceModel, digits: Digits) -> tuple[Variant, ...]:
         ),
         Variant(f"{prefix}-5layers", "5 of 6 layers, float32", five, five, again, {"reload": True}),
         Variant(f"{prefix}-3layers", "3 of 6 layers, float32", three, three, image),
-        Variant(f"{prefix}-4layers", "4 of 6 layers, float32", four, four, image),
     )

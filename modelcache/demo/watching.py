@@ -55,7 +55,7 @@ class Watch:
         for sample in sorted(self._samples, key=lambda sample: sample.at_s):
             if not kept or _differs(sample, kept[-1]):
                 kept.append(sample)
-        return tuple([*kept, self._samples[-1]])
+        return (*kept, self._samples[-1])
 
     def _watch(self) -> None:
         while not self._stopped.wait(_EVERY_S):

@@ -2,9 +2,11 @@
 
 import copy
 import gc
+import mmap
 import pickle
 import weakref
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
@@ -396,7 +398,7 @@ def test_a_part_that_was_forgotten_cannot_be_moved(rig):
         rig.mover.move(Move(part.part, 1, Residency(0, 1), Residency(0, 0), 1))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_legal_sequence_of_moves_keeps_every_bit(tmp_path, data):
     with closing(Rig(tmp_path, segment_bytes=data.draw(st.sampled_from([2048, 8192, 1 << 20])))) as rig:
@@ -424,3 +426,24 @@ def move_about(rig, data):
         if rig.mover.residency(part.part) != Residency(0, n):
             assert same_bits(model, expected)
             assert model.head.weight is model.embed.weight
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def test_a_staged_model_is_in_ram_once_and_a_dropped_one_not_at_all(tmp_path):
+    size = 48 << 20
+
+    def make():
+        return torch.nn.ParameterList([torch.nn.Parameter(torch.ones(64, 256)) for _ in range(size // (64 << 10))])
+
+    with closing(Rig(tmp_path, segment_bytes=4 << 20)) as rig:
+        gc.collect()
+        before = resident_bytes()
+        (part,) = rig.load(make).parts
+        rig.stage(part.part)
+        assert resident_bytes() - before < 1.2 * size
+        rig.spill(part.part)
+        rig.mover.release_cached()
+        assert resident_bytes() - before < 0.2 * size

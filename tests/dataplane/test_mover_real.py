@@ -10,6 +10,7 @@ from movers import Rig, bits, same_bits
 from safetensors.torch import save_file
 
 from modelcache.dataplane.loaders import build
+from modelcache.errors import ModelNotResidentError
 from modelcache.move import Move, Moved, Residency
 from modelcache.spec import LoaderSpec, ModelSpec
 
@@ -195,5 +196,7 @@ def test_a_compiled_model_is_not_compiled_again_after_a_round_trip(rig):
             got = compiled(x).cpu()
             rig.park_quietly(part.part)
         assert torch.allclose(got, make()(x.cpu()), atol=1e-6)
-    assert counter.frame_count == 1
+        assert counter.frame_count == 1
+        with pytest.raises(ModelNotResidentError):
+            compiled(x)
     del x

@@ -207,7 +207,7 @@ def test_a_merge_that_is_undone_exactly_leaves_a_clean_part(rig):
     assert not rig.drop(part).written
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_writes_between_any_moves_are_never_lost(tmp_path, data):
     with closing(Rig(tmp_path, segment_bytes=data.draw(st.sampled_from([2048, 8192])))) as rig:

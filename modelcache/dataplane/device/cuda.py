@@ -231,6 +231,10 @@ class CudaDevice:
         """
         return storage_over(memory, offset_bytes, size_bytes)
 
+    def host_view(self, memory: torch.Tensor) -> torch.Tensor | None:
+        """`None`: the processor does not read this memory."""
+        return None
+
     def release_cached(self) -> None:
         """One `empty_cache`."""
         self._let_go_of_landed()

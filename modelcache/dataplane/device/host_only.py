@@ -69,6 +69,10 @@ class HostOnlyDevice:
         """
         return storage_over(memory, offset_bytes, size_bytes)
 
+    def host_view(self, memory: torch.Tensor) -> torch.Tensor:
+        """The block itself."""
+        return memory
+
     def copy_in(self, target: torch.Tensor, source: torch.Tensor) -> DeviceEvent:
         """There is nowhere to copy to.
 

@@ -65,6 +65,9 @@ class Device(Protocol):
         The result keeps `memory` alive. Its storage starts at the range, so that offsets of views count from there.
         """
 
+    def host_view(self, memory: torch.Tensor) -> torch.Tensor | None:
+        """The same bytes as a CPU tensor, where the processor can read the device's memory; `None` elsewhere."""
+
     def copy_in(self, target: torch.Tensor, source: torch.Tensor) -> DeviceEvent:
         """Enqueue a copy of uint8 bytes from RAM to the device. `source` must live until the event is done."""
 

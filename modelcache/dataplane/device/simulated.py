@@ -192,6 +192,10 @@ class SimulatedDevice:
         """
         return storage_over(memory, offset_bytes, size_bytes)
 
+    def host_view(self, memory: torch.Tensor) -> torch.Tensor:
+        """The same bytes as a CPU tensor: the device is plain memory."""
+        return host_alias(memory)
+
     def release_cached(self) -> None:
         """Give the RAM behind freed memory back to the system; the device's own figures count it as free anyway."""
         self._poison.check()
