@@ -176,8 +176,8 @@ class LeaseTimeoutError(LeaseError, TimeoutError):
     def __str__(self) -> str:
         held = f"; held by: {', '.join(self.held_by)}" if self.held_by else ""
         return (
-            f"{self.name!r} was not usable after {format_seconds(self.waited_s)}: waiting for {self.waiting_for}{held}; "
-            "pass a longer timeout or return a lease"
+            f"{self.name!r} was not usable after {format_seconds(self.waited_s)}: waiting for "
+            f"{self.waiting_for}{held}; pass a longer timeout or return a lease"
         )
 
 

@@ -120,6 +120,8 @@ class PlannedBudgets:
         top: The tier that models would run on.
         device: As far as it can be known without starting it.
         vram_bytes: Budget; 0 on a host-only machine. The others likewise.
+        link_bytes_per_s: Of copies from RAM to the device; `None` when nobody knows.
+        link: Where that comes from; empty when nobody knows.
         lines: How each came about, for people.
     """
 
@@ -128,6 +130,8 @@ class PlannedBudgets:
     vram_bytes: int
     ram_bytes: int
     disk_bytes: int
+    link_bytes_per_s: int | None
+    link: str
     lines: tuple[str, ...]
 
 
@@ -138,25 +142,54 @@ def planned_budgets(found: Effective) -> PlannedBudgets:
         ConfigError: A budget is above the machine, or needs a figure that cannot be had.
     """
     from modelcache.config.budgets import Totals, resolve_budgets
+    from modelcache.config.layers import cuda_variables
     from modelcache.dataplane import probe
 
-    settings = found.settings
-    device = settings.device
+    settings, device = found.settings, found.settings.device
+    index = int(device.removeprefix("cuda:")) if device.startswith("cuda:") else 0 if device == "auto" else None
+    visible, order = cuda_variables()
+    measured = probe.totals(index, visible=visible, order=order)
+    lines: tuple[str, ...] = ()
     if device == "auto":
-        device = "cuda:0" if probe.machine_report().devices else "host_only"
-    measured = probe.totals(int(device.partition(":")[2]) if device.startswith("cuda") else None)
+        vram = measured.vram
+        assert vram is not None, "a device was asked about"
+        device, why = ("cuda:0", vram.name) if isinstance(vram, probe.Reading) else ("host_only", vram.reason)
+        lines = (f"device auto is {device}: {why}",)
     host = Totals(
         measured.ram.total_bytes,
         measured.ram.others_bytes,
         disk_free_bytes=_free_disk_bytes(_image_dir(settings)),
     )
+    link_bytes_per_s, link = None, ""
     if device == "simulated":
         host = replace(host, device=device, vram_bytes=settings.simulated.capacity)
+        link_bytes_per_s, link = settings.simulated.link, "simulated.link"
     elif device != "host_only":
         host = _with_vram(host, device, measured.vram)
+        link_bytes_per_s, link = _link(measured.vram)
     got = resolve_budgets(settings, host, found.origins)
     top = Tier.RAM if device == "host_only" else Tier.VRAM
-    return PlannedBudgets(top, device, got.vram_bytes, got.ram_bytes, got.disk_bytes, got.lines)
+    return PlannedBudgets(
+        top=top,
+        device=device,
+        vram_bytes=got.vram_bytes,
+        ram_bytes=got.ram_bytes,
+        disk_bytes=got.disk_bytes,
+        link_bytes_per_s=link_bytes_per_s,
+        link=link,
+        lines=(*lines, *got.lines),
+    )
+
+
+def _link(vram: Any) -> tuple[int | None, str]:
+    """The link of the card that was measured, as NVML reports it."""
+    from modelcache.dataplane import probe
+
+    if isinstance(vram, probe.Reading):
+        for device in probe.machine_report().devices:
+            if device.link is not None and vram.uuid in device.uuids:
+                return device.link.bytes_per_s, f"{device.link}, as the driver reports it"
+    return None, ""
 
 
 def _with_vram(host: Totals, device: str, vram: Any) -> Totals:
@@ -275,8 +308,10 @@ def _image_dir(settings: Settings) -> Path:
 def _totals(device: Device, image_dir: Path) -> Totals:
     """What the machine has, measured once."""
     from modelcache.config.budgets import Totals
+    from modelcache.config.layers import cuda_variables
     from modelcache.dataplane import probe
 
+    visible, order = cuda_variables()
     kind, _, index = device.name.partition(":")
     figures = probe.cuda_figures(int(index or 0)) if kind == "cuda" else None
     measured = probe.totals(
@@ -285,6 +320,8 @@ def _totals(device: Device, image_dir: Path) -> Totals:
         integrated=figures.integrated if figures else None,
         allocator=figures.allocator if figures else None,
         driver=figures.driver if figures else None,
+        visible=visible,
+        order=order,
     )
     host = Totals(measured.ram.total_bytes, measured.ram.others_bytes, disk_free_bytes=_free_disk_bytes(image_dir))
     if not device.holds_copies:

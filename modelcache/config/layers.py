@@ -110,6 +110,12 @@ def config_variable(environ: Mapping[str, str] | None) -> str | None:
     return source.get(CONFIG_VARIABLE, "").strip() or None
 
 
+def cuda_variables(environ: Mapping[str, str] | None = None) -> tuple[str | None, str | None]:
+    """``CUDA_VISIBLE_DEVICES`` and ``CUDA_DEVICE_ORDER``; `None` for one that is not set."""
+    source = os.environ if environ is None else environ  # noqa: TID251 - this is the one place.
+    return source.get("CUDA_VISIBLE_DEVICES"), source.get("CUDA_DEVICE_ORDER")
+
+
 def from_keywords(values: Mapping[str, object], kind: str) -> tuple[list[Setting], list[Finding]]:
     """What a call or a command line sets, by dotted key; `None` is not set. Text of a command line is read loosely."""
     known = {".".join(path): path for path in settings_paths()}

@@ -130,6 +130,7 @@ class Machine:
         self._next_own_ticket = -1
         self._out: list[Instruction] = []
         self._idle_models: dict[str, None] = {}
+        self._awaited: set[str] = set()
         self._wants = Wants(self)
 
     # --- the one mutator ------------------------------------------------------------------------------------------
@@ -243,8 +244,8 @@ class Machine:
     def ask_for_target(self, tier: Tier) -> None:
         """Give up what a lowered budget no longer covers, if anything idle has it."""
         waiting = Waiting(self._next_own_ticket, WantBudget(tier, self.books.account(tier).target_bytes))
-        plan = self.planner.plan(Room(), self.may_take(waiting))
-        if isinstance(plan, Plan) and (plan.givings or plan.workspaces):
+        plan = self.planner.plan_toward_target(self.may_take(waiting))
+        if plan.givings or plan.workspaces:
             self._next_own_ticket -= 1
             self.waiting[waiting.ticket] = waiting
             self.carry_out(waiting, plan, Reason.PRESSURE)
@@ -342,7 +343,9 @@ class Machine:
         self.flights.commit(plan, waiting, reason, next(iter(waiting.names), None), check=check)
         waiting.planned = True
         waiting.blocked_on, waiting.why = (), ""
-        self._wants.cover(waiting)
+        if plan.needs or not (plan.givings or plan.workspaces):
+            # Else it only gives up, see `give_up_extra`: nothing was claimed that could bring anything up.
+            self._wants.cover(waiting)
         self._wants.note_overtaking(waiting, plan)
 
     def _gate_answered(self, name: str, *, is_busy: bool) -> None:
@@ -392,6 +395,7 @@ class Machine:
     def _settle_gates(self) -> None:
         """Open the gates of what is usable without asking, close the others, and watch those somebody waits for."""
         watched = {name for waiting in self.waiting.values() for name in waiting.blocked_on}
+        watched |= self._over_target()
         self.touched.update(dict.fromkeys(watched))
         touched, self.touched = self.touched, {}
         for name in touched:
@@ -404,6 +408,15 @@ class Machine:
             if model.gate_is_watched != (name in watched):
                 model.gate_is_watched = name in watched
                 self.emit(WatchGate(name) if model.gate_is_watched else UnwatchGate(name))
+
+    def _over_target(self) -> set[str]:
+        """The leased models whose bytes a lowered budget waits for; nobody waits under a ticket for these."""
+        before, self._awaited = self._awaited, set()
+        self.touched.update(dict.fromkeys(before))
+        if not self.is_closed and any(a.deficit_bytes for a in (self.books.vram, self.books.ram)):
+            for part in self.books.resident:
+                self._awaited.update(name for name in self.books.parts[part].models if self.num_leases(name))
+        return self._awaited
 
     def _may_open(self, model: Model) -> bool:
         name = model.spec.name
@@ -590,7 +603,7 @@ class Machine:
         twin.poison, twin.is_closed = self.poison, self.is_closed
         twin.loading_unsized, twin.loading_names = self.loading_unsized, dict(self.loading_names)
         twin.now_s, twin._next_own_ticket = self.now_s, self._next_own_ticket
-        twin._idle_models = dict(self._idle_models)
+        twin._idle_models, twin._awaited = dict(self._idle_models), set(self._awaited)
         return twin
 
     # --- checks -------------------------------------------------------------------------------------------------------

@@ -144,6 +144,12 @@ class Planner:
         spared = frozenset(spare)
         return self._complete(_Draft(self._books, needs), may_take, spared)
 
+    def plan_toward_target(self, may_take: Callable[[str], bool]) -> Plan:
+        """Whatever may go now of what lowered budgets no longer cover, be it enough or not."""
+        draft = _Draft(self._books, Room())
+        self._free(draft, may_take, frozenset())
+        return draft.finish()
+
     def plan_down(self, parts: Iterable[Part], tier: Tier, may_take: Callable[[str], bool]) -> Plan | Refusal:
         """A plan that gives `parts` up to `tier`, and makes the room that takes; everything is clean or spilled."""
         draft = _Draft(self._books, Room())
@@ -187,9 +193,7 @@ class Planner:
         return None
 
     def _complete(self, draft: _Draft, may_take: Callable[[str], bool], spared: frozenset[str]) -> Plan | Refusal:
-        if self._books.top is Tier.VRAM:
-            self._free_vram(draft, may_take, spared)
-        self._free_ram(draft, may_take, spared)
+        self._free(draft, may_take, spared)
         needs = draft.needs
         if draft.vram >= 0 and draft.ram >= 0 and draft.disk >= 0:
             return draft.finish()
@@ -197,6 +201,11 @@ class Planner:
         wanted = needs.of(tier)
         short = {Tier.VRAM: draft.vram, Tier.RAM: draft.ram, Tier.DISK: draft.disk}[tier]
         return Refusal(Cause.BUSY, tier, wanted, max(0, wanted + short))
+
+    def _free(self, draft: _Draft, may_take: Callable[[str], bool], spared: frozenset[str]) -> None:
+        if self._books.top is Tier.VRAM:
+            self._free_vram(draft, may_take, spared)
+        self._free_ram(draft, may_take, spared)
 
     # --- VRAM ----------------------------------------------------------------------------------------------------
 

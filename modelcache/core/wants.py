@@ -105,7 +105,7 @@ class Wants:
                     m.refuse(waiting, error)
                     return False
         inside = waiting.want.inside if isinstance(waiting.want, WantLease) else None
-        if inside is not None and self._waits_for_loader(names, inside, set()):
+        if inside is not None and self._waits_for_loader(names, inside, waiting.ticket, set()):
             cycle = f"the loader of {inside!r} waits for {waiting.label}, whose loader waits for {inside!r}"
             m.refuse(waiting, LeaseCycleError(waiting.label, (cycle,)))
             return False
@@ -115,8 +115,11 @@ class Wants:
         waiting.why = "its first load"
         return all(model.loading is Loading.LOADED for model in models)
 
-    def _waits_for_loader(self, names: Iterable[str], inside: str, seen: set[str]) -> bool:
-        """Whether bringing `names` up needs the loader of `inside` to end."""
+    def _waits_for_loader(self, names: Iterable[str], inside: str, before: int, seen: set[str]) -> bool:
+        """Whether bringing `names` up needs the loader of `inside` to end; only tickets from `before` this one count.
+
+        So it is the youngest of a circle that sees it, and is refused.
+        """
         m = self._m
         for name in names:
             if name == inside:
@@ -126,7 +129,7 @@ class Wants:
             seen.add(name)
             for other in m.waiting.values():
                 is_nested = isinstance(other.want, WantLease) and other.want.inside == name
-                if is_nested and self._waits_for_loader(other.names, inside, seen):
+                if is_nested and other.ticket < before and self._waits_for_loader(other.names, inside, before, seen):
                     return True
         return False
 
@@ -486,9 +489,9 @@ class Wants:
         parts = m.books.parts.values()
         if any(part.flight is not None and part.flight.ticket == waiting.ticket for part in parts):
             return
-        result = m.planner.plan(Room(), m.may_take(waiting))
-        if isinstance(result, Plan) and (result.givings or result.workspaces):
-            m.carry_out(waiting, result, Reason.PRESSURE)
+        plan = m.planner.plan_toward_target(m.may_take(waiting))
+        if plan.givings or plan.workspaces:
+            m.carry_out(waiting, plan, Reason.PRESSURE)
         elif m.flights.is_idle:
             # Leases or pins hold the rest. It is given up when they are returned, see `_reach_targets`.
             m.finish(waiting, Done(waiting.ticket, waiting.freed.vram, waiting.freed.ram))

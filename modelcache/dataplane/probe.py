@@ -19,7 +19,7 @@ from modelcache.dataplane.probe_facts import (
     Reading,
     Unavailable,
 )
-from modelcache.dataplane.probe_nvml import ProbeRefusedError, cards, in_words, load_nvml, name_of, uuid_of
+from modelcache.dataplane.probe_nvml import ProbeRefusedError, cards, in_words, load_nvml, name_of, slices, uuid_of
 from modelcache.dataplane.probe_ram import RamProbe
 from modelcache.dataplane.probe_vram import DeviceUser, VramProbe
 
@@ -84,7 +84,7 @@ class PcieLink:
 
 @dataclass(frozen=True, slots=True)
 class DeviceReport:
-    """One card (or the slice CUDA would use of it) and who uses it, for people."""
+    """One card (or the slice CUDA would use of it) and who uses it, for people. `uuids` has the slices' too."""
 
     index: int
     name: str
@@ -92,6 +92,7 @@ class DeviceReport:
     memory: Reading | Unavailable
     users: tuple[DeviceUser, ...] | Unavailable
     link: PcieLink | None
+    uuids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +204,8 @@ def _report(nvml: Any, host: RamProbe, ram: Reading) -> MachineReport:
         probe = VramProbe(index, uuid=uuid, nvml=nvml, host=host)
         memory = probe.read()
         name = memory.name if isinstance(memory, Reading) else name_of(nvml, card)
-        devices.append(DeviceReport(index, name, uuid, memory, probe.users(), _link(nvml, card)))
+        uuids = (uuid, *(uuid_of(nvml, piece) for piece in slices(nvml, card)))
+        devices.append(DeviceReport(index, name, uuid, memory, probe.users(), _link(nvml, card), uuids))
         probe.close()
     return MachineReport(
         nvml=None,

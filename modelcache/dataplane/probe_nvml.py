@@ -214,7 +214,7 @@ def _by_name(nvml: Any, entry: str) -> Any:
     found = [handle for handle in cards(nvml) if uuid_of(nvml, handle).startswith(entry)]
     if entry.startswith("MIG-"):
         found = [
-            piece for card in cards(nvml) for piece in _slices(nvml, card) if uuid_of(nvml, piece).startswith(entry)
+            piece for card in cards(nvml) for piece in slices(nvml, card) if uuid_of(nvml, piece).startswith(entry)
         ]
     if len(found) != 1:
         raise _unknown(entry)
@@ -224,7 +224,7 @@ def _by_name(nvml: Any, entry: str) -> Any:
 def _by_instance(nvml: Any, entry: str) -> Any:
     """A slice in the older spelling: the card's UUID, the GPU instance and the compute instance."""
     card_uuid, _, instances = entry.removeprefix("MIG-").partition("/")
-    for piece in _slices(nvml, _by_uuid(nvml, card_uuid)):
+    for piece in slices(nvml, _by_uuid(nvml, card_uuid)):
         numbers = f"{nvml.nvmlDeviceGetGpuInstanceId(piece)}/{nvml.nvmlDeviceGetComputeInstanceId(piece)}"
         if numbers == instances:
             return piece
@@ -242,7 +242,11 @@ def _slice_of(nvml: Any, handle: Any, address: Address) -> Any:
         return handle
     if mode != _MIG_ENABLED:
         return handle
-    for piece in _slices(nvml, handle):
+    entries = [] if address.visible is None else address.visible.split(",")
+    if address.index < len(entries) and entries[address.index].strip().startswith("MIG-"):
+        # Some drivers report the card's UUID for a slice; the slice is then known by what was made visible.
+        return _by_name(nvml, entries[address.index].strip())
+    for piece in slices(nvml, handle):
         return piece
     raise ProbeRefusedError(
         Unavailable(
@@ -253,7 +257,8 @@ def _slice_of(nvml: Any, handle: Any, address: Address) -> Any:
     )
 
 
-def _slices(nvml: Any, card: Any) -> Iterator[Any]:
+def slices(nvml: Any, card: Any) -> Iterator[Any]:
+    """The handles of the slices (MIG) of a card; none when it is not cut."""
     try:
         num_slots = nvml.nvmlDeviceGetMaxMigDeviceCount(card)
     except nvml.NVMLError as error:

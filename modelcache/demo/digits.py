@@ -92,7 +92,7 @@ def _descend(net: DigitsNet, images: torch.Tensor, labels: torch.Tensor) -> None
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
     net.train()
     for _ in range(_NUM_EPOCHS):
-        for batch in torch.randperm(len(labels)).split(_BATCH):
+        for batch in torch.split(torch.randperm(len(labels)), _BATCH):
             loss = nn.functional.cross_entropy(net(images[batch]), labels[batch])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

@@ -116,8 +116,8 @@ def _rescue(rescued: Rescue) -> str:
         "<h2>A model that accelerate had split</h2>"
         f"<p>{rescued.num_meta} of its tensors were on the meta device, their data on disk. Moving it failed:</p>"
         f'<pre>model.to("cpu")  {escape(rescued.to_error)}</pre><pre>model.cpu()      {escape(rescued.cpu_error)}</pre>'
-        f"<p>Materialized ({format_bytes(rescued.size_bytes)} in {format_seconds(rescued.seconds)}) it moves, parks and "
-        f"comes back:</p><table><tbody>{rows}</tbody></table>"
+        f"<p>Materialized ({format_bytes(rescued.size_bytes)} in {format_seconds(rescued.seconds)}) it moves, "
+        f"parks and comes back:</p><table><tbody>{rows}</tbody></table>"
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
@@ -93,7 +93,7 @@ class RunView:
         if self._live is None or now_s - self._drawn_s < _REDRAW_S:
             return
         self._drawn_s = now_s
-        lines = [_progress(self._done, self._total)]
+        lines: list[RenderableType] = [_progress(self._done, self._total)]
         if self._stats is not None:
             lines += [_bars(self._stats), _legend(self._stats), Text(self._counts().removeprefix("; "), "dim")]
         self._live.update(Panel(Group(*lines), title=self._title, title_align="left", width=88), refresh=True)

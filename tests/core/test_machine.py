@@ -357,7 +357,7 @@ def test_whoever_is_inside_already_gets_a_second_lease_at_a_limit_of_one():
 
 
 def test_two_callers_that_hold_what_the_other_wants_are_told_apart_by_age():
-    scene = Scene(Budgets(ram=8, vram=2), model("a", 1), model("b", 1), model("c", 2), model("d", 2))
+    scene = Scene(Budgets(ram=8, vram=2), *(model(name, 1) for name in "abcd"))
     x, y = scene.get("a"), scene.get("b")
     older = scene.lease("c", holder=scene.callers.index(x))
     scene.settle()

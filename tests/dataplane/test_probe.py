@@ -52,6 +52,9 @@ class OneCard:
     def nvmlDeviceGetMigMode(self, handle):
         return (0, 0)
 
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle):
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
     def nvmlDeviceGetMemoryInfo(self, handle):
         return SimpleNamespace(total=24 * GIB, free=23 * GIB)
 
@@ -98,6 +101,7 @@ def test_the_report_lists_versions_cards_and_users(tmp_path):
     report = machine_report(nvml=nvml, root=tmp_path)
     assert (report.nvml, report.driver_version, report.cuda_version) == (None, "580.126.09", "13.2")
     [device] = report.devices
+    assert device.uuids == ("GPU-l4",)
     assert (device.name, device.uuid, device.memory.total_bytes) == ("NVIDIA L4", "GPU-l4", 24 * GIB)
     assert [(user.pid, user.used_bytes) for user in device.users] == [(99, GIB)]
     assert nvml.num_open == 0

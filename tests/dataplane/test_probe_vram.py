@@ -379,6 +379,7 @@ def test_among_unlike_cards_the_number_alone_is_refused_as_a_guess():
         ({"visible": "MIG-GPU-parent/2/0"}, "MIG-s2", 39 * GIB),
         ({"uuid": "s2"}, "MIG-s2", 39 * GIB),
         ({"uuid": "GPU-parent"}, "MIG-s1", 9 * GIB),
+        ({"uuid": "GPU-parent", "visible": "MIG-s2"}, "MIG-s2", 39 * GIB),
     ],
 )
 def test_a_slice_is_read_and_never_the_card_around_it(options, uuid, total):
