@@ -11,18 +11,16 @@ from modelcache import ConfigError, ModelCacheError, __version__
 from modelcache.cli import config_commands, demo, doctor, plan
 from modelcache.cli.output import Exit, complain, complain_about, write_text
 
-_EPILOG = """Examples:
-
-modelcache demo
-
-modelcache doctor
-
-modelcache config init && modelcache config check
-
-modelcache plan modelcache.yaml --vram 24GiB
-
-Data goes to standard output, everything else to standard error. Ends with 0 (ok), 1 (failed), 2 (wrong usage or
-configuration), 3 (checks found problems) or 130 (interrupted)."""
+# One line a paragraph: the help wraps it to the terminal.
+_EPILOG = (
+    "Examples:\n\n"
+    "modelcache demo\n\n"
+    "modelcache doctor\n\n"
+    "modelcache config init && modelcache config check\n\n"
+    "modelcache plan --vram 24GiB\n\n"
+    "Data goes to standard output, everything else to standard error. "
+    "Ends with 0 (ok), 1 (failed), 2 (wrong usage or configuration), 3 (checks found problems) or 130 (interrupted)."
+)
 
 
 class _Commands(TyperGroup):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modelcache import ConfigError, Effective, config_schema, load_config, missing_files
+from modelcache import ConfigError, Effective, config_schema, format_bytes, format_seconds, load_config, missing_files
 from modelcache.cli.output import (
     Exit,
     complain,
@@ -24,6 +25,7 @@ from modelcache.cli.output import (
 )
 
 DEFAULT_FILE = Path("modelcache.yaml")
+_WHICH = "The file. Default: the one that MODELCACHE_CONFIG names, else modelcache.yaml."
 _TEMPLATE = """\
 # yaml-language-server: $schema=./modelcache.schema.json
 # What modelcache keeps where. Check it with: modelcache config check
@@ -43,7 +45,7 @@ policy:
 
 # preload: [embed]
 
-models: {}
+models: {}                # remove the {} and list yours, such as:
   # embed:
   #   loader: sentence-transformers
   #   path: models/minilm
@@ -57,14 +59,39 @@ models: {}
   #   loader: my_models:load
 """
 
+# How the plain numbers of some keys are shown to people; JSON has the numbers.
+_SPELLINGS: dict[str, Callable[[Any], str]] = {
+    "segment": format_bytes,
+    "capacity": format_bytes,
+    "size": format_bytes,
+    "workspace": format_bytes,
+    "link": lambda rate: f"{rate / 1e9:g} GB/s",
+    "idle": format_seconds,
+}
+
 app = typer.Typer(name="config", help="Write, check and show configuration files.", no_args_is_help=True)
 
-FileArgument = Annotated[Path, typer.Argument(help="The file.", metavar="FILE")]
+
+def load(file: Path | None, over: Mapping[str, object] | None = None) -> Effective:
+    """The settings of a file: the one named, else the one the environment names, else ``modelcache.yaml`` here.
+
+    Args:
+        file: As named on the command line.
+        over: Values of the command line, by dotted key.
+
+    Raises:
+        ConfigError: There is none, or it has problems.
+    """
+    if file is None:
+        found = load_config(None, cli=over)
+        if found.path is not None:
+            return found
+    return load_config(str(file or DEFAULT_FILE), cli=over)
 
 
 @app.command(epilog="Examples:\n\nmodelcache config init\n\nmodelcache config init conf/models.yaml --force")
 def init(
-    file: FileArgument = DEFAULT_FILE,
+    file: Annotated[Path, typer.Argument(help="The file to write.", metavar="FILE")] = DEFAULT_FILE,
     *,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
@@ -84,23 +111,23 @@ def init(
 
 @app.command(epilog="Examples:\n\nmodelcache config check\n\nmodelcache config check conf/models.yaml --json")
 def check(
-    file: FileArgument = DEFAULT_FILE,
+    file: Annotated[Path | None, typer.Argument(help=_WHICH, metavar="FILE")] = None,
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Write the findings as JSON.")] = False,
 ) -> None:
     """Check a file: every problem with its place, in one pass. Nothing is imported or loaded."""
     try:
-        found = load_config(str(file))
-        findings, is_valid = (*found.warnings, *missing_files(found)), True
+        found = load(file)
+        findings, path, is_valid = (*found.warnings, *missing_files(found)), found.path, True
     except ConfigError as error:
-        findings, is_valid = error.findings, False
+        findings, path, is_valid = error.findings, error.path, False
     if as_json:
-        write_json({"file": str(file), "valid": is_valid, "findings": [finding_json(each) for each in findings]})
+        write_json({"file": path, "valid": is_valid, "findings": [finding_json(each) for each in findings]})
     else:
         for finding in findings:
             write_text(finding_line(finding))
         num_errors = sum(finding.severity == "error" for finding in findings)
-        note(f"{file}: ok" if is_valid else f"{file}: problems found: {num_errors}")
+        note(f"{path}: ok" if is_valid else f"{path}: problems found: {num_errors}")
     raise typer.Exit(Exit.OK if is_valid else Exit.USAGE)
 
 
@@ -108,14 +135,13 @@ def check(
     epilog="Examples:\n\nmodelcache config show\n\nMODELCACHE_BUDGETS__VRAM=20GiB modelcache config show --json"
 )
 def show(
-    file: Annotated[Path | None, typer.Argument(help="The file; none for the defaults.", metavar="FILE")] = None,
+    file: Annotated[Path | None, typer.Argument(help=_WHICH, metavar="FILE")] = None,
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Write the values as JSON.")] = False,
 ) -> None:
     """Show every value that holds, and where it comes from: the environment, the file, or the default."""
-    if file is None and DEFAULT_FILE.exists():
-        file = DEFAULT_FILE
-    found = load_config(None if file is None else str(file))
+    has_file = file is not None or DEFAULT_FILE.exists()
+    found = load(file) if has_file else load_config(None)
     rows = _rows(found)
     if as_json:
         write_json({row.key: {"value": row.value, "origin": row.origin} for row in rows})
@@ -138,9 +164,15 @@ class _Row:
 
     @property
     def shown(self) -> str:
+        """The value as a person would write it."""
+        name = self.key.rpartition(".")[2]
+        if isinstance(self.value, bool):
+            return str(self.value).lower()
+        if isinstance(self.value, list):
+            return ", ".join(map(str, self.value)) or "-"
         if self.value is None:
-            return "-"
-        return ", ".join(map(str, self.value)) if isinstance(self.value, list) else str(self.value)
+            return "never" if self.key == "policy.idle" else "-"
+        return _SPELLINGS[name](self.value) if name in _SPELLINGS else str(self.value)
 
 
 def _rows(found: Effective) -> list[_Row]:

@@ -206,6 +206,8 @@ def _switch_table(found: Forecast) -> Table:
 
 
 def _ram_line(found: Forecast) -> str:
+    if not found.weights_bytes:
+        return "RAM: no size is known, so nothing can be said of it."
     total = format_bytes(found.weights_bytes)
     if found.weights_bytes <= found.ram.number:
         return f"RAM: all known models together have {total}, so none is read from disk twice."

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from modelcache.config.document import Path, Tree
 from modelcache.config.schema import SimulatedSettings
-from modelcache.config.values import NOTHING, Absolute, Scalar, read_optional_budget, read_path, read_size, write_bytes
+from modelcache.config.values import Absolute, Scalar, read_optional_budget, read_path, read_size
 from modelcache.spec import LOADER_KINDS, did_you_mean, is_entry, option_problems
 from modelcache.units import format_bytes, parse_bytes
 
@@ -27,7 +27,8 @@ _DECIMAL = re.compile(r"\s*\d+(?:\.\d+)?\s*(?:[KMGT]B)\s*", re.ASCII)
 class Report(Protocol):
     """Takes one problem, at a path of the tree."""
 
-    def __call__(self, path: Path, message: str, *, at_key: bool = False, severity: str = "error") -> None: ...
+    def __call__(self, path: Path, message: str, *, at_key: bool = False, severity: str = "error") -> None:
+        """Note it; `at_key` means that the key is at fault, not its value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +115,8 @@ class Crossing:
                 if not any(_is_below(real, os.path.realpath(root)) for root in roots):
                     self.report(
                         (*at, option),
-                        f"{_short(written)} leads to {_short(real)} by a symbolic link, out of the folder of this file; "
-                        "add that folder to 'roots' if this is intended",
+                        f"{_short(written)} leads to {_short(real)} by a symbolic link, out of the folder of this "
+                        "file; add that folder to 'roots' if this is intended",
                     )
 
     # --- sizes ----------------------------------------------------------------------------------------------------
@@ -190,22 +191,15 @@ class Crossing:
 
     def _unused(self) -> None:
         """Keys without an effect, if the device is known. On `auto` the same file serves every machine."""
-        device = word(self.tree.get("device")) or "auto"
-        if device == "host_only":
+        budgets = dict(_items(self.tree.get("budgets")))
+        if word(self.tree.get("device")) == "host_only":
             for key in ("vram", "page_locked"):
-                if key in dict(_items(self.tree.get("budgets"))):
-                    self.report(
-                        ("budgets", key), "not used with 'device: host_only', where RAM is the top tier", severity="warning"
-                    )
-        if self._budget("disk") in {None, NOTHING.size_bytes} and not _items_has(self.tree, "budgets", "disk"):
-            if word(self.tree.get("image_dir")) is not None:
-                self.report(
-                    ("image_dir",), "not used without budgets.disk; set it, such as 100GiB", at_key=True, severity="warning"
-                )
-
-
-def _items_has(tree: Mapping[str, Tree], section: str, key: str) -> bool:
-    return key in dict(_items(tree.get(section)))
+                if word(budgets.get(key)) not in {None, "auto", "none"}:
+                    message = "not used with 'device: host_only', where RAM is the top tier"
+                    self.report(("budgets", key), message, severity="warning")
+        if word(self.tree.get("image_dir")) is not None and word(budgets.get("disk")) in {None, "none"}:
+            message = "not used without budgets.disk; set that as well, to 100GiB or the like"
+            self.report(("image_dir",), message, at_key=True, severity="warning")
 
 
 def word(value: object) -> str | None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TypeAlias, TypeGuard
+from typing import TypeAlias
 
 import yaml
 
@@ -26,6 +26,7 @@ Path: TypeAlias = tuple[str | int, ...]
 Tree: TypeAlias = "Scalar | dict[str, Tree] | list[Tree]"
 
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f\ud800-\udfff\ufffe\uffff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
 
 
@@ -245,6 +246,10 @@ class _Builder:
 
     def _scalar(self, event: yaml.ScalarEvent) -> None:
         quoted = event.style is not None
+        if _SURROGATE.search(event.value):
+            # An escape can spell half a character, which no file name and no terminal takes.
+            self.document.report(_start(event), (), "an escape in this text is no character; write the text itself")
+            event.value = _SURROGATE.sub("?", event.value)
         if not self.stack:
             if event.value or quoted:
                 self._stop(_start(event), "a configuration is a mapping of keys to values, such as 'version: 1'")
@@ -297,8 +302,3 @@ def _start(event: yaml.Event) -> Place:
 
 def _has_tag(event: yaml.Event) -> bool:
     return getattr(event, "tag", None) is not None
-
-
-def is_mapping(value: object) -> TypeGuard[Mapping[str, object]]:
-    """Whether a node of a tree is a mapping."""
-    return isinstance(value, Mapping)

@@ -5,7 +5,7 @@ Nothing is imported or executed by checking. All problems are found in one pass.
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from modelcache.config.document import Document, Path, Place, Tree, parse, read_file, spell
+from modelcache.config.crossing import LOADER_OPTIONS, PATH_OPTIONS, Crossing
+from modelcache.config.document import MOST_FINDINGS, Document, Path, Place, Tree, parse, read_file, spell
 from modelcache.config.layers import (
     Origin,
     Setting,
@@ -26,17 +27,32 @@ from modelcache.config.layers import (
     overlay,
     settings_paths,
 )
-from modelcache.config.schema import BudgetSettings, ModelSettings, Settings
-from modelcache.config.values import Scalar, show
-from modelcache.errors import ConfigError, Finding
-from modelcache.spec import LOADER_KINDS, LoaderSpec, ModelSpec, did_you_mean, is_entry, option_problems
+from modelcache.config.schema import ModelSettings, Section, Settings
+from modelcache.config.values import show, spell_value
+from modelcache.errors import ConfigError, Finding, WeightsError
+from modelcache.headers import model_files, weight_places
+from modelcache.spec import LoaderSpec, ModelSpec, did_you_mean, is_entry
 from modelcache.tier import Tier
-from modelcache.units import format_bytes, parse_bytes
 
 #: Where a file is looked for when none is named.
 DEFAULT_FILE = "modelcache.yaml"
-_LOADER_OPTIONS = ("path", "model", "weights", "task", "dtype")
-_DECIMAL = re.compile(r"\s*\d+(?:\.\d+)?\s*(?:[KMGT]B)\s*", re.ASCII)
+#: Keys that ask for code from elsewhere to be run; only a program may, never a file.
+_CODE_KEYS = frozenset({"trust_remote_code", "allow_pickle", "custom_pipeline"})
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One value that holds.
+
+    Attributes:
+        key: Such as ``budgets.vram``.
+        text: The value as a file would say it; `None` where nothing is set.
+        origin: Where it was set: a file and line, a variable, ``cli``, ``call`` or ``default``.
+    """
+
+    key: str
+    text: str | None
+    origin: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +74,32 @@ class Effective:
     @property
     def specs(self) -> tuple[ModelSpec, ...]:
         """The models, in the order of the file; their paths resolved against its folder."""
-        folder = FilePath(self.path).parent if self.path is not None else FilePath()
+        folder = FilePath(_folder(self.path))
         idle_s = self.settings.policy.idle
         return tuple(
             _spec(name, model, folder, idle_s if ("models", name, "idle") not in self.origins else model.idle)
             for name, model in self.settings.models.items()
         )
+
+    def rows(self) -> Iterator[Row]:
+        """Every value that holds, with where it comes from."""
+        waiting: list[tuple[Path, object]] = [((), self.settings)]
+        while waiting:
+            path, value = waiting.pop()
+            if isinstance(value, Section):
+                waiting += reversed([((*path, name), getattr(value, name)) for name in type(value).model_fields])
+            elif isinstance(value, Mapping):
+                waiting += reversed([((*path, name), inner) for name, inner in value.items()])
+            else:
+                origin = self.origins.get(path, Origin.DEFAULT)
+                # A model that does not say when it is idle follows `policy.idle`.
+                is_inherited = path[-1] == "idle" and path[0] == "models" and origin is Origin.DEFAULT
+                yield Row(spell(path), None if is_inherited else spell_value(path, value), str(origin))
+
+
+def _folder(path: str | None) -> str:
+    """The folder that relative paths of a file begin at; absolute, so that a later `chdir` changes nothing."""
+    return os.path.dirname(os.path.abspath(path)) if path is not None else os.path.abspath(os.curdir)  # noqa: PTH100, PTH120 - no link is followed
 
 
 def effective(
@@ -121,20 +157,34 @@ def _check(
         findings += problems
     places = {key: Origin("file", document.path, at.line, at.column) for key, at in document.values.items()}
     origins = {setting.path: setting.origin for setting in [*from_tree(document.tree, places), *layers]}
-    places |= {setting.path: setting.origin for setting in layers}
     tree = overlay(document.tree, layers)
-    check = _Check(document, places, findings)
+    if layers:
+        # What lies on top may hide a problem of the file, and is not everywhere.
+        _Check(document, places, findings).validate(document.tree)
+    check = _Check(document, places | {setting.path: setting.origin for setting in layers}, findings)
     valid = check.validate(tree)
-    check.warn_of_decimal_sizes(tree)
-    check.cross(tree, path)
-    errors = [finding for finding in findings if finding.severity == "error"]
-    if errors or valid is None:
-        raise ConfigError(tuple(sorted(findings, key=_by_place)))
-    return Effective(path, valid, MappingProxyType(origins), tuple(findings))
+    Crossing(tree, _folder(path), check.report).look()
+    if valid is None or any(finding.severity == "error" for finding in findings):
+        raise ConfigError(_in_order(findings))
+    return Effective(path, _resolved(valid, path, origins), MappingProxyType(origins), _in_order(findings))
 
 
-def _by_place(finding: Finding) -> tuple[bool, int, int]:
-    return finding.line is None, finding.line or 0, finding.column or 0
+def _in_order(findings: list[Finding]) -> tuple[Finding, ...]:
+    """By place, each once, and no more of them than a person reads."""
+    ordered = sorted(dict.fromkeys(findings), key=lambda each: (each.line is None, each.line or 0, each.column or 0))
+    if len(ordered) > MOST_FINDINGS:
+        rest = Finding(ordered[0].path, None, None, "", f"{len(ordered) - MOST_FINDINGS} more problems follow")
+        ordered = [*ordered[:MOST_FINDINGS], rest]
+    return tuple(ordered)
+
+
+def _resolved(settings: Settings, path: str | None, origins: Mapping[Path, Origin]) -> Settings:
+    """The folder for image files as an absolute path: one of a file begins at that file."""
+    if settings.image_dir is None:
+        return settings
+    in_file = origins[("image_dir",)].kind == "file"
+    folder = _folder(path if in_file else None)
+    return settings.model_copy(update={"image_dir": os.path.normpath(FilePath(folder) / settings.image_dir)})
 
 
 @dataclass(slots=True)
@@ -157,21 +207,22 @@ class _Check:
         path: Path = tuple(step for step in problem["loc"] if step != "[key]")
         kind = problem["type"]
         if kind == "extra_forbidden":
-            self._report(path, _unknown_key(path), at_key=True, key=path[:-1])
+            self.report(path, _unknown_key(path), at_key=True, key=path[:-1])
         elif kind == "missing":
-            self._report(path[:-1], f"needs the key {path[-1]!r}", at_key=True)
+            self.report(path[:-1], f"needs the key {path[-1]!r}", at_key=True)
         elif kind == "value_error":
-            self._report(path, str(problem["ctx"]["error"]), at_key=problem["loc"][-1:] == ("[key]",))
+            self.report(path, str(problem["ctx"]["error"]), at_key=problem["loc"][-1:] == ("[key]",))
         elif kind in ("model_type", "mapping_type", "dict_type", "model_attributes_type"):
-            self._report(path, f"must be a mapping of keys to values, got {show(problem['input'])}")
+            self.report(path, f"must be a mapping of keys to values, got {show(problem['input'])}")
         elif kind in ("tuple_type", "list_type"):
-            self._report(path, f"must be a list, such as [a, b], got {show(problem['input'])}")
+            self.report(path, f"must be a list, such as [a, b], got {show(problem['input'])}")
         else:
-            self._report(path, f"cannot be {show(problem['input'])}")
+            self.report(path, f"cannot be {show(problem['input'])}")
 
-    def _report(
+    def report(
         self, path: Path, message: str, *, at_key: bool = False, key: Path | None = None, severity: str = "error"
     ) -> None:
+        """Note one problem, at a key or at its value; `key` is what is named instead of the path."""
         origin = self._origin(path, at_key=at_key)
         self.findings.append(
             Finding(
@@ -193,71 +244,16 @@ class _Check:
             path = path[:-1]
         return Origin("file", self.document.path) if self.document.path else Origin.DEFAULT
 
-    def warn_of_decimal_sizes(self, tree: Mapping[str, Tree]) -> None:
-        """``24GB`` is less than the card of that name has."""
-        budgets = tree.get("budgets")
-        for name in BudgetSettings.model_fields if isinstance(budgets, dict) else ():
-            value = budgets.get(name) if isinstance(budgets, dict) else None
-            text = value.text if isinstance(value, Scalar) else ""
-            if _DECIMAL.fullmatch(text):
-                try:
-                    size = format_bytes(parse_bytes(text))
-                except ValueError:
-                    continue
-                meant = text.strip()[:-1] + "iB"
-                message = f'"{text.strip()}" is {size}; if you mean the binary unit, write "{meant}"'
-                self._report(("budgets", name), message, severity="warning")
-
-    # --- across keys ----------------------------------------------------------------------------------------------
-
-    def cross(self, tree: Mapping[str, Tree], path: str | None) -> None:
-        """What no key can tell alone. Looks at the words, so that it finds its problems beside others."""
-        models = tree.get("models")
-        models = models if isinstance(models, dict) else {}
-        preload = tree.get("preload")
-        for index, name in enumerate(preload if isinstance(preload, list) else ()):
-            word = _word(name)
-            if word is not None and word not in models:
-                hint = did_you_mean(word, models) or "; models are listed in 'models'"
-                self._report(("preload", index), f"no model is called {word!r}{hint}")
-        folder = FilePath(path).parent if path is not None else FilePath()
-        named = tree.get("roots")
-        roots = [folder / word for root in (named if isinstance(named, list) else ()) if (word := _word(root))]
-        allowed = [each.resolve() for each in (folder, *roots)]
-        for called, model in models.items():
-            if isinstance(model, dict):
-                self._cross_model(("models", called), model, folder, allowed)
-
-    def _cross_model(self, at: Path, model: dict[str, Tree], folder: FilePath, allowed: list[FilePath]) -> None:
-        loader = _word(model.get("loader"))
-        if loader is not None and (loader in LOADER_KINDS or is_entry(loader)):
-            given = [option for option in _LOADER_OPTIONS if option in model]
-            for option, message in option_problems(loader, given):
-                is_there = option in given
-                self._report((*at, option) if is_there else at, message if is_there else f"{option} {message}")
-        for option in ("path", "weights"):
-            written = _word(model.get(option))
-            if written is None:
-                continue
-            target = (folder / written).resolve()
-            if not any(target.is_relative_to(root) for root in allowed):
-                message = f"{written!r} leaves the folder of this file; add its folder to 'roots' if this is intended"
-                self._report((*at, option), message)
-
-
-def _word(value: object) -> str | None:
-    """The text of a value; `None` where there is none."""
-    if isinstance(value, Scalar):
-        return None if value.is_empty else value.text
-    return value if isinstance(value, str) else None
-
 
 def _unknown_key(path: Path) -> str:
     """What a key that nobody knows is called, and what it may have been meant to be."""
     word, above = str(path[-1]), path[:-1]
     known = _keys_under(above)
     listed = ", ".join(known)
-    return f"unknown key {word!r}{did_you_mean(word, known) or ';'} known keys: {listed}"
+    if word in _CODE_KEYS:
+        return f"{word!r} cannot be set in a file; if you trust its author, load this model in a function of your own"
+    shown = word if len(word) <= 80 else word[:77] + "..."
+    return f"unknown key {shown!r}{did_you_mean(word, known) or ';'} known keys: {listed}"
 
 
 def _keys_under(above: Path) -> tuple[str, ...]:
@@ -270,23 +266,36 @@ def _keys_under(above: Path) -> tuple[str, ...]:
 
 def missing_files(found: Effective) -> Iterator[Finding]:
     """One finding for each model whose files are not there; looks at names only."""
-    folder = FilePath(found.path).parent if found.path is not None else FilePath()
+    folder = FilePath(_folder(found.path))
     for name, model in found.settings.models.items():
-        for option in ("path", "weights"):
+        for option in PATH_OPTIONS:
             written = getattr(model, option)
-            if written is not None and not (folder / written).exists():
+            problem = None if written is None else _what_is_missing(folder / written, written)
+            if problem is not None:
                 origin = found.origins.get(("models", name, option), Origin.DEFAULT)
                 key = f"models.{name}.{option}"
-                message = f"there is no {written!r}; put the files there or correct the path"
-                yield Finding(origin.path, origin.line, origin.column, key, message, severity="warning")
+                yield Finding(origin.path, origin.line, origin.column, key, problem, severity="warning")
+
+
+def _what_is_missing(place: FilePath, written: str) -> str | None:
+    try:
+        if not place.exists():
+            return f"there is no {written!r}; put the files there or correct the path"
+        for part in weight_places(place):
+            model_files(part)
+    except WeightsError as error:
+        return f"{written!r}: {error.problem}"
+    except OSError as error:
+        return f"{written!r} cannot be looked at: {error.strerror}"
+    return None
 
 
 def _spec(name: str, model: ModelSettings, folder: FilePath, idle_s: float | None) -> ModelSpec:
     options: dict[str, Any] = {}
-    for option in _LOADER_OPTIONS:
+    for option in LOADER_OPTIONS:
         value = getattr(model, option)
         if value is not None:
-            options[option] = str(folder / value) if option in ("path", "weights") else value
+            options[option] = str(folder / value) if option in PATH_OPTIONS else value
     loader = (
         LoaderSpec(entry=model.loader)
         if is_entry(model.loader)

@@ -32,6 +32,7 @@ _SMALLEST_BUDGET_BYTES = 1024
 _SEGMENT_STEP_BYTES = 512
 _SMALLEST_SEGMENT_BYTES = 4096
 _LARGEST_TEXT = 4096
+_SIZE_KEYS = frozenset({"segment", "capacity", "size", "workspace"})
 _EXACT_UNITS = (
     ("TiB", 1 << 40),
     ("GiB", 1 << 30),
@@ -328,6 +329,31 @@ def write_bytes(size_bytes: int) -> str:
         if size_bytes and size_bytes % factor == 0:
             return f"{size_bytes // factor}{unit}"
     return f"{size_bytes}B"
+
+
+def spell_value(path: Sequence[str | int], value: object) -> str | None:
+    """A value that was read, as a file would say it; `None` where nothing is set."""
+    key = path[-1] if path else ""
+    if key == "idle":
+        return "never" if value is None else _spell_seconds(value)
+    if value is None:
+        return None
+    if key in _SIZE_KEYS and isinstance(value, int):
+        return write_bytes(value)
+    if key == "link":
+        return f"{write_bytes(value)}/s" if isinstance(value, int) else str(value)
+    if key == "concurrency" and value == 0:
+        return "unlimited"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+
+
+def _spell_seconds(seconds: object) -> str:
+    for unit, factor in (("h", 3600), ("m", 60), ("s", 1)):
+        if isinstance(seconds, float) and seconds % factor == 0:
+            return f"{seconds / factor:.0f}{unit}"
+    return f"{seconds}s"
 
 
 def member_of(members: Sequence[E]) -> Callable[[object], E]:

@@ -15,6 +15,7 @@ import torch
 
 from modelcache import ModelCache
 from modelcache.demo.accelerator import Accelerator
+from modelcache.demo.cold_files import forget_pages
 from modelcache.demo.records import (
     Budgets,
     CacheRun,
@@ -72,7 +73,7 @@ def serve_cached(
             for variant in workload.variants:
                 cache.register(variant.name, variant.loader, workspace=WORKSPACE_BYTES, **variant.options)
             watch = Watch(cache, workload.names, accelerator.allocated_bytes, show)
-            run = _Run(cache, workload, accelerator.torch_device, watch.began_s, tell)
+            run = _Run(cache, workload, accelerator.torch_device, watch.began_s, tell, image_dir)
             try:
                 run.serve(requests, with_prefetch=with_prefetch)
             finally:
@@ -93,7 +94,16 @@ def serve_cached(
 class _Run:
     """Serves requests one after the other and notes when what happened."""
 
-    def __init__(self, cache: ModelCache, workload: Workload, device: torch.device, began_s: float, tell: Tell) -> None:
+    def __init__(
+        self,
+        cache: ModelCache,
+        workload: Workload,
+        device: torch.device,
+        began_s: float,
+        tell: Tell,
+        image_dir: Path,
+    ) -> None:
+        self._image_dir = image_dir
         self._cache, self._workload, self._device, self._tell = cache, workload, device, tell
         self._began_s = began_s
         self._served: list[Served] = []
@@ -113,6 +123,7 @@ class _Run:
         wait(self._prefetches, _LONGEST_WAIT_S)
 
     def _one(self, request: Request, before: Request | None, ahead: Request | None) -> None:
+        forget_pages((*self._workload.files, *self._image_dir.glob("*")))
         hits = self._cache.status().counters
         asked_s = self._now_s()
         with self._cache.get(request.model, timeout=_LONGEST_WAIT_S) as model:

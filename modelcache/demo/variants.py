@@ -15,7 +15,7 @@ from modelcache.demo.weights import SentenceModel
 #: What each model may need beside its weights while it answers a request.
 WORKSPACE_BYTES = 4 << 20
 _DIGITS_PER_REQUEST = 24
-_SENTENCES_PER_REQUEST = 4
+_SENTENCES_PER_REQUEST = 2
 
 SENTENCES = (
     "The lighthouse keeper climbed the stairs at dusk.",
@@ -80,6 +80,8 @@ class Workload:
 
     def __init__(self, sentences: SentenceModel, digits: Digits) -> None:
         self.digits = digits
+        #: The files the models are loaded from.
+        self.files = (*sentences.folder.glob("*.safetensors"), digits.path)
         self._encode = sentences.encode
         self.variants = _variants(sentences, digits)
         self.cnn = next(variant.name for variant in self.variants if variant.load == digits.load)

@@ -395,7 +395,9 @@ class Driver:
 
     def _try_to_end(self, now_s: float) -> None:
         late = list(self._loader_threads.values())
-        if not self._machine.flights.is_idle or (late and now_s < self._stop_by_s):
+        # After a bug the books may never say that nothing moves; the links end after what they are at all the same.
+        is_moving = self._bug is None and not self._machine.flights.is_idle
+        if is_moving or (late and now_s < self._stop_by_s):
             return
         if late:
             _LOG.warning("closed while loading models=%s; their loaders go on and their results are dropped", late)

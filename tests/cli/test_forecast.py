@@ -40,6 +40,7 @@ def test_unknown_sizes_are_no_problem_but_said():
     found = make(model("mystery", None))
     assert found.problems == ()
     assert "no size is known before the first load" in shown(found)
+    assert "RAM: no size is known" in shown(found)
     assert as_json(found)["models"][0]["disk_to_ram_s"] is None
 
 

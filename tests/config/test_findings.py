@@ -152,7 +152,7 @@ GOLDEN: dict[str, tuple[str, list[str]]] = {
     "path missing": (
         "models:\n  llama: {loader: transformers}\n",
         [
-            "modelcache.yaml:2:10: models.llama: path is missing; the loader 'transformers' needs it",
+            "modelcache.yaml:2:3: models.llama: path is missing; the loader 'transformers' needs it",
         ],
     ),
     "loader missing": (
@@ -170,7 +170,7 @@ GOLDEN: dict[str, tuple[str, list[str]]] = {
     "option of another loader": (
         "models:\n  mine: {loader: 'pkg:load', path: a}\n",
         [
-            "modelcache.yaml:2:36: models.mine.path: is no option of the loader 'pkg:load'; it takes no options; give them inside the function",
+            "modelcache.yaml:2:30: models.mine.path: is no option of the loader 'pkg:load'; it takes no options; give them inside the function",
         ],
     ),
     "misspelt option": (
@@ -288,7 +288,7 @@ def test_a_decimal_size_is_taken_and_remarked_on() -> None:
     found = check_text("budgets:\n  vram: 24GB\n")
     (warning,) = found.warnings
     assert str(warning) == (
-        'modelcache.yaml:2:9: budgets.vram: "24GB" is 22.4 GiB; if you mean the binary unit, write "24GiB"'
+        'modelcache.yaml:2:9: budgets.vram: "24GB" is 22.35 GiB; if you mean the binary unit, write "24GiB"'
     )
     assert warning.severity == "warning"
 

@@ -239,7 +239,7 @@ def test_every_dtype_of_an_offload_folder_comes_back_bit_exact(tmp_path):
     model = nn.Module()
     model.scalar = nn.Parameter(torch.tensor(1.5, dtype=torch.bfloat16))
     model.eighth = nn.Parameter(torch.randn(3, 2).to(torch.float8_e4m3fn), requires_grad=False)
-    model.half = nn.Parameter(torch.randn(4, 6).bfloat16())
+    model.brain = nn.Parameter(torch.randn(4, 6).bfloat16())
     model.empty = nn.Parameter(torch.empty(0, 4))
     model.pair = nn.Parameter(torch.randn(2, 2, dtype=torch.complex64))
     model.register_buffer("flags", torch.tensor([True, False]))
@@ -444,7 +444,7 @@ def test_a_class_can_be_swapped_afterwards():
     cpu_offload(model, ACCELERATOR)
     materialize_meta_tensors(model)
     model.linear1.__class__ = Zero
-    assert float(model.linear1(X).abs().sum()) == 0
+    assert torch.equal(model.linear1(X), torch.zeros(8, 4))
 
 
 def test_hooks_of_others_stay_and_work():
