@@ -39,12 +39,13 @@ class Registry:
         Raises:
             ValueError: The name is taken.
         """
-        if spec.name in self._specs:
+        # One step, so that of two threads with the same name one is told.
+        held = self._specs.setdefault(spec.name, spec)
+        if held is not spec:
             raise ValueError(
-                f"{spec.name!r} is registered already, with the loader {self._specs[spec.name].loader}; "
-                "unregister it first or choose another name"
+                f"{spec.name!r} is registered already, with the loader {held.loader}; unregister it first or choose "
+                "another name"
             )
-        self._specs[spec.name] = spec
 
     def get(self, name: str) -> ModelSpec:
         """The spec of a model.
@@ -72,7 +73,8 @@ class Registry:
 
     def unknown(self, name: object) -> UnknownModelError:
         """The error about a name that nobody registered, with the nearest ones."""
-        matches = get_close_matches(str(name)[:64], self._specs, n=3)
+        # Of a copy: other threads register meanwhile.
+        matches = get_close_matches(str(name)[:64], self.names(), n=3)
         return UnknownModelError(str(name), tuple(matches), len(self._specs))
 
 
@@ -105,7 +107,9 @@ def _loader(loader: object, options: Mapping[str, object]) -> LoaderSpec:
         loader = "safetensors"
     if isinstance(loader, str):
         check_loader(loader)
-        problems = option_problems(loader, options)
+        # Python values for a constructor, which a configuration file does not have.
+        given = [option for option in options if (loader, option) != ("safetensors", "model_args")]
+        problems = option_problems(loader, given)
         if problems:
             raise ValueError("; ".join(f"{option} {problem}" for option, problem in problems))
         if is_entry(loader):

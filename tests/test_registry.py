@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from modelcache.errors import UnknownModelError
@@ -79,6 +81,46 @@ def test_a_name_is_taken_once() -> None:
     registry.remove("flux")
     registry.add(build_spec("flux", load))
     assert registry.names() == ("flux",)
+
+
+def test_constructor_arguments_go_with_a_class() -> None:
+    spec = build_spec("net", model=dict, weights="net.safetensors", model_args={"width": 3})
+    assert spec.loader.options["model_args"] == {"width": 3}
+    with pytest.raises(ValueError, match="model_args is no option of the loader 'transformers'"):
+        build_spec("net", "transformers", path="x", model_args={})
+
+
+def test_of_many_threads_with_one_name_one_registers_it() -> None:
+    registry, start = Registry(), threading.Barrier(8)
+    outcomes: list[bool] = []
+
+    def register() -> None:
+        start.wait()
+        for number in range(50):
+            try:
+                registry.add(build_spec(f"m{number}", load))
+            except ValueError:
+                outcomes.append(False)
+            else:
+                outcomes.append(True)
+
+    threads = [threading.Thread(target=register) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (outcomes.count(True), outcomes.count(False)) == (50, 350)
+
+
+def test_a_hundred_thousand_models_are_found_by_name_and_a_typo_is_still_answered() -> None:
+    registry = Registry()
+    for number in range(100_000):
+        registry.add(build_spec(f"model-{number}", load, workspace="1GiB"))
+    assert registry.get("model-99999").workspace_bytes == 1 << 30
+    with pytest.raises(UnknownModelError) as caught:
+        registry.get("modle-99999")
+    assert "model-99999" in caught.value.close_matches
+    assert caught.value.num_registered == 100_000
 
 
 def test_an_unknown_name_brings_the_nearest_ones() -> None:

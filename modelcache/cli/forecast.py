@@ -11,7 +11,7 @@ from rich.text import Text
 
 from modelcache import format_bytes, format_seconds
 from modelcache.cli.output import table
-from modelcache.cli.planning import PlannedModel, Switch, switches, together
+from modelcache.cli.planning import SEGMENT_BYTES, PlannedModel, Switch, switches, together
 
 _MOST_SETS_SHOWN = 12
 
@@ -75,7 +75,14 @@ class Forecast:
 
 
 def forecast(
-    models: Sequence[PlannedModel], *, top_tier: str, top: Amount, ram: Amount, link: Amount, disk: Amount
+    models: Sequence[PlannedModel],
+    *,
+    top_tier: str,
+    top: Amount,
+    ram: Amount,
+    link: Amount,
+    disk: Amount,
+    segment_bytes: int = SEGMENT_BYTES,
 ) -> Forecast:
     """Work out what fits together and what each switch costs."""
     return Forecast(
@@ -86,7 +93,7 @@ def forecast(
         link,
         disk,
         together(models, top.number),
-        switches(models, top.number, top_tier),
+        switches(models, top.number, top_tier, segment_bytes),
     )
 
 

@@ -74,6 +74,8 @@ def plan(
     for line in budgets.lines:
         if line.startswith("device ") and given.vram_bytes is None:
             note(line)
+    if (policy := found.settings.policy.evict) != "lru":
+        note(f"the forecast gives up the least recently used first; policy.evict is {policy}, which may choose others")
     what = _forecast(found, budgets, given)
     if json:
         write_json(as_json(what))
@@ -116,7 +118,15 @@ def _forecast(found: Effective, budgets: PlannedBudgets, given: _Given) -> Forec
     elif budgets.top is Tier.RAM:
         top_tier, top = "ram", ram
     disk = _DISK if given.disk_rate is None else Amount(given.disk_rate, "--disk")
-    return forecast(tuple(_planned(found)), top_tier=top_tier, top=top, ram=ram, link=link, disk=disk)
+    return forecast(
+        tuple(_planned(found)),
+        top_tier=top_tier,
+        top=top,
+        ram=ram,
+        link=link,
+        disk=disk,
+        segment_bytes=found.settings.segment,
+    )
 
 
 def _how(budgets: PlannedBudgets, key: str) -> str:
@@ -139,5 +149,12 @@ def _planned(found: Effective) -> Iterator[PlannedModel]:
                     size_from = "headers"
                 except WeightsError as error:
                     problem = str(error)
-        pin = None if spec.pin is None else str(spec.pin)
-        yield PlannedModel(spec.name, size_bytes, size_from, spec.workspace_bytes, pin, problem)
+        yield PlannedModel(
+            spec.name,
+            size_bytes,
+            size_from,
+            spec.workspace_bytes,
+            pin=None if spec.pin is None else str(spec.pin),
+            problem=problem,
+            priority=spec.priority.rank,
+        )

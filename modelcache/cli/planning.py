@@ -7,7 +7,7 @@ segments, only as many as needed. It is a forecast of one request order, not a p
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 
 SEGMENT_BYTES = 64 << 20
@@ -25,6 +25,7 @@ class PlannedModel:
         workspace_bytes: What it needs beside them while it runs.
         pin: The tier it is never given up from, ``"vram"`` or ``"ram"``; `None` for neither.
         problem: Why its size could not be read; empty when it could.
+        priority: Its rank; lower ranks give up first.
     """
 
     name: str
@@ -33,6 +34,7 @@ class PlannedModel:
     workspace_bytes: int = 0
     pin: str | None = None
     problem: str = ""
+    priority: int = 0
 
     @property
     def running_bytes(self) -> int:
@@ -83,56 +85,77 @@ def _first_fit(models: Sequence[PlannedModel], budget_bytes: int) -> tuple[str, 
     return tuple(names)
 
 
-def switches(models: Sequence[PlannedModel], budget_bytes: int, top_tier: str = "vram") -> tuple[Switch, ...]:
+def switches(
+    models: Sequence[PlannedModel], budget_bytes: int, top_tier: str = "vram", segment_bytes: int = SEGMENT_BYTES
+) -> tuple[Switch, ...]:
     """What each switch costs once every model has been used before, one switch per model of known size.
 
     Args:
         models: In the order they are asked for.
         budget_bytes: Of the tier they run on.
         top_tier: That tier. ``pin: vram`` means the top one, whichever that is.
+        segment_bytes: The unit in which a model gives up room.
     """
     known = [model for model in models if model.weights_bytes is not None]
-    # Dictionary order is recency, least recent first.
-    resident = {model.name: model.weights_bytes or 0 for model in known if model.pin in {"vram", top_tier}}
-    pinned = frozenset(resident)
+    tier = TopTier(budget_bytes, segment_bytes, {model.name: model.priority for model in known})
+    for model in known:
+        if model.pin in {"vram", top_tier}:
+            tier.pinned.add(model.name)
+            tier.resident[model.name] = model.weights_bytes or 0
     second_round: list[Switch] = []
     for _ in range(2):
-        second_round = [_switch(model, resident, pinned, budget_bytes) for model in known]
+        second_round = [tier.bring_up(model) for model in known]
     return tuple(second_round)
 
 
-def _switch(model: PlannedModel, resident: dict[str, int], pinned: frozenset[str], budget_bytes: int) -> Switch:
-    """Bring one model up; `resident` becomes what is in VRAM afterwards."""
-    weights_bytes = model.weights_bytes or 0
-    incoming_bytes = weights_bytes - resident.get(model.name, 0)
-    others_bytes = sum(size for name, size in resident.items() if name != model.name)
-    short_bytes = others_bytes + model.running_bytes - budget_bytes
-    gives_up = tuple(_victims(model.name, resident, pinned, short_bytes))
-    if short_bytes > sum(size for _, size in gives_up):
-        return Switch(model.name, incoming_bytes, refused=_refusal(model, resident, pinned, budget_bytes))
-    for name, size in gives_up:
-        resident[name] -= size
-        if not resident[name]:
-            del resident[name]
-    resident.pop(model.name, None)
-    resident[model.name] = weights_bytes
-    return Switch(model.name, incoming_bytes, gives_up)
+@dataclass(slots=True)
+class TopTier:
+    """What the top tier holds while the forecast runs.
 
+    Attributes:
+        budget_bytes: Never exceeded by what is resident and the workspace of the model that runs.
+        segment_bytes: The unit in which a model gives up room.
+        priorities: Model -> rank; lower ranks give up first.
+        resident: Model -> bytes, least recently used first.
+        pinned: Who never gives up.
+    """
 
-def _victims(
-    to: str, resident: Mapping[str, int], pinned: frozenset[str], short_bytes: int
-) -> Iterator[tuple[str, int]]:
-    for name, size in resident.items():
-        if short_bytes <= 0:
-            return
-        if name != to and name not in pinned:
-            given_bytes = min(size, -(-short_bytes // SEGMENT_BYTES) * SEGMENT_BYTES)
-            short_bytes -= given_bytes
-            yield name, given_bytes
+    budget_bytes: int
+    segment_bytes: int
+    priorities: Mapping[str, int]
+    resident: dict[str, int] = field(default_factory=dict)
+    pinned: set[str] = field(default_factory=set)
 
+    def bring_up(self, model: PlannedModel) -> Switch:
+        """Make room for one model and bring it up; a refusal changes nothing."""
+        weights_bytes = model.weights_bytes or 0
+        incoming_bytes = weights_bytes - self.resident.get(model.name, 0)
+        others_bytes = sum(size for name, size in self.resident.items() if name != model.name)
+        short_bytes = others_bytes + model.running_bytes - self.budget_bytes
+        gives_up = tuple(self._victims(model.name, short_bytes))
+        if short_bytes > sum(size for _, size in gives_up):
+            return Switch(model.name, incoming_bytes, refused=self._refusal(model))
+        for name, size in gives_up:
+            self.resident[name] -= size
+            if not self.resident[name]:
+                del self.resident[name]
+        self.resident.pop(model.name, None)
+        self.resident[model.name] = weights_bytes
+        return Switch(model.name, incoming_bytes, gives_up)
 
-def _refusal(model: PlannedModel, resident: Mapping[str, int], pinned: frozenset[str], budget_bytes: int) -> str:
-    if model.running_bytes > budget_bytes:
-        return "larger than the whole budget"
-    blockers = ", ".join(sorted(name for name in resident if name in pinned and name != model.name))
-    return f"does not fit beside what is pinned: {blockers}"
+    def _victims(self, to: str, short_bytes: int) -> Iterator[tuple[str, int]]:
+        # Sorting is stable: within one priority the order stays that of use.
+        for name in sorted(self.resident, key=lambda name: self.priorities.get(name, 0)):
+            if short_bytes <= 0:
+                return
+            if name != to and name not in self.pinned:
+                whole_segments_bytes = -(-short_bytes // self.segment_bytes) * self.segment_bytes
+                given_bytes = min(self.resident[name], whole_segments_bytes)
+                short_bytes -= given_bytes
+                yield name, given_bytes
+
+    def _refusal(self, model: PlannedModel) -> str:
+        if model.running_bytes > self.budget_bytes:
+            return "larger than the whole budget"
+        blockers = ", ".join(sorted(name for name in self.resident if name in self.pinned and name != model.name))
+        return f"does not fit beside what is pinned: {blockers}"

@@ -100,7 +100,7 @@ def a_plan(tmp_path, vram: str) -> str:
         (tmp_path / name).mkdir()
         save_file({"w": torch.zeros(size << 18)}, tmp_path / name / "model.safetensors")
     (tmp_path / "models.yaml").write_text(
-        f"device: simulated\nbudgets: {{vram: {vram}, ram: 1GiB}}\nsimulated: {{capacity: 1GiB}}\nmodels:\n"
+        f"device: simulated\nsegment: 1MiB\nbudgets: {{vram: {vram}, ram: 1GiB}}\nsimulated: {{capacity: 1GiB}}\nmodels:\n"
         "  a: {loader: transformers, path: a}\n  b: {loader: transformers, path: b, workspace: 1MiB}\n"
     )
     return "models.yaml"
@@ -159,7 +159,7 @@ def test_a_plan_for_people_ends_with_what_ram_means(run, tmp_path) -> None:
     lines = run("plan", a_plan(tmp_path, "5MiB")).stdout.splitlines()
     assert [line.split() for line in lines if line.startswith("b ")] == [
         ["b", "2.0", "MiB", "headers", "1.0", "MiB", "-", "839", "us", "262", "us"],
-        ["b", "1.0", "MiB", "131", "us", "a", "1.0", "MiB"],
+        ["b", "0", "B", "-", "a", "1.0", "MiB"],
     ]
     assert lines[-1] == "RAM: all known models together have 5.0 MiB, so none is read from disk twice."
 

@@ -1,6 +1,6 @@
 import pytest
 
-from modelcache.cli.planning import SEGMENT_BYTES, PlannedModel, Switch, _switch, switches, together
+from modelcache.cli.planning import SEGMENT_BYTES, PlannedModel, Switch, TopTier, switches, together
 
 GIB = 1024**3
 
@@ -79,10 +79,24 @@ def test_many_models_are_filled_in_the_order_of_the_file():
 @pytest.mark.parametrize("budget", [5, 8, 11, 17, 40])
 def test_the_forecast_never_holds_more_than_the_budget(budget):
     models = [model(f"m{index}", size, workspace=index % 2) for index, size in enumerate([4, 3, 5, 2, 4])]
-    resident = {}
+    tier = TopTier(budget * GIB, SEGMENT_BYTES, {})
     for _ in range(3):
         for wanted in models:
-            before = dict(resident)
-            switch = _switch(wanted, resident, frozenset(), budget * GIB)
-            assert sum(resident.values()) + wanted.workspace_bytes <= budget * GIB or resident == before
-            assert resident == before if switch.refused else resident[wanted.name] == wanted.weights_bytes
+            before = dict(tier.resident)
+            switch = tier.bring_up(wanted)
+            if switch.refused:
+                assert tier.resident == before
+            else:
+                assert sum(tier.resident.values()) + wanted.workspace_bytes <= budget * GIB
+                assert tier.resident[wanted.name] == wanted.weights_bytes
+
+
+def test_low_priorities_give_up_first_whenever_they_were_used():
+    low, high = PlannedModel("low", 4 * GIB, "size", priority=0), PlannedModel("high", 4 * GIB, "size", priority=2)
+    found = switches([high, low, PlannedModel("c", 4 * GIB, "size", priority=1)], 10 * GIB)
+    assert found[2].gives_up == (("low", 2 * GIB),)
+
+
+def test_room_is_given_up_in_segments_of_the_configured_size():
+    found = switches([model("a", 6), PlannedModel("b", 4 * GIB + 1, "size")], 10 * GIB, segment_bytes=1 << 20)
+    assert found[1].gives_up == (("a", 1 << 20),)

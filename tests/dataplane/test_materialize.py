@@ -43,7 +43,6 @@ from dispatched import (
     meta_names,
     portrait,
     state,
-    tensors,
 )
 from safetensors.torch import save_file
 from torch import nn
@@ -143,7 +142,7 @@ def test_a_checkpoint_that_was_never_on_a_real_device_becomes_whole(tmp_path):
     with init_empty_weights():
         model = Tiny().eval()
     places = {"linear1": "cpu", "batchnorm": "disk", "linear2": "disk"}
-    load_checkpoint_and_dispatch(model, tmp_path / "m.bin", places, offload_folder=tmp_path / "o")
+    load_checkpoint_and_dispatch(model, str(tmp_path / "m.bin"), places, offload_folder=tmp_path / "o")
     assert_stuck(model)
     materialize_meta_tensors(model)
     assert_whole(model, state(source))
@@ -156,7 +155,7 @@ def test_a_folder_that_no_hook_knows_of_can_be_named(tmp_path):
     with init_empty_weights():
         model = Nested()
     load_checkpoint_in_model(
-        model, tmp_path / "m.bin", {"blk": "disk", "out": "cpu"}, offload_folder=str(tmp_path / "o")
+        model, str(tmp_path / "m.bin"), {"blk": "disk", "out": "cpu"}, offload_folder=str(tmp_path / "o")
     )
     before = portrait(model)
     with pytest.raises(MaterializeError) as caught:
@@ -172,13 +171,18 @@ def test_a_folder_that_no_hook_knows_of_can_be_named(tmp_path):
         assert_whole(materialize_meta_tensors(one, extra_sources=extra), state(source))
 
 
+@pytest.mark.filterwarnings("ignore:The following device_map keys:UserWarning")
 def test_a_parameter_mapped_by_name_that_no_hook_owns_is_found(tmp_path):
-    model = Nested()
-    expected = state(model)
+    source = Nested()
+    torch.save(source.state_dict(), tmp_path / "m.bin")
+    with init_empty_weights():
+        model = Nested()
     places = {"blk.scale": "disk", "blk.lin": "disk", "out": "cpu"}
-    dispatch_model(model, places, offload_dir=tmp_path)
+    load_checkpoint_and_dispatch(model, str(tmp_path / "m.bin"), places, offload_folder=str(tmp_path / "o"))
+    assert "_hf_hook" not in vars(model.blk)
     assert model.blk.scale.is_meta
-    assert_whole(materialize_meta_tensors(model), expected)
+    materialize_meta_tensors(model)
+    assert_whole(model, state(source))
 
 
 def test_a_module_under_two_parents_stays_one_module():
@@ -528,7 +532,7 @@ def test_progress_counts_bytes_up_to_all_of_them(tmp_path):
 
 def test_one_worker_and_many_give_the_same(tmp_path):
     for workers in (1, 3):
-        model = nn.ModuleList(nn.Linear(8, 8) for _ in range(300))
+        model = nn.ModuleList(nn.Linear(8, 8) for _ in range(140))
         expected = state(model)
         disk_offload(model, tmp_path / str(workers), ACCELERATOR)
         assert_whole(materialize_meta_tensors(model, num_workers=workers), expected)
@@ -565,10 +569,3 @@ def test_arguments_without_sense_are_refused(tmp_path):
         with pytest.raises(TypeError):
             materialize_meta_tensors(model, **wrong)
     assert portrait(model) == before
-
-
-def test_tensors_counts_names_of_ties():
-    # The helper the other tests rely on sees both names of a tie.
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    model[1].weight = model[0].weight
-    assert set(tensors(model)) >= {"0.weight", "1.weight"}

@@ -75,6 +75,10 @@ class _TorchSim:
 
     def empty_cache(self) -> None: ...
 
+    def mem_get_info(self, device: torch.device | str | int | None = None) -> tuple[int, int]:
+        memory = SLOTS.at(index_of(torch.device(device) if isinstance(device, str) else device)).memory
+        return memory.capacity_bytes - memory.allocated_bytes(), memory.capacity_bytes
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.float16, torch.bfloat16]
 

@@ -1,0 +1,234 @@
+"""The figures this project promises, each next to a reference measured in the same run.
+
+    python benchmarks/run.py                 # a table; exit code 1 when a figure is missed
+    python benchmarks/run.py --write NAME    # also benchmarks/results/NAME.md
+
+Times are medians over rounds in which ours and the reference take turns; the empty loop is subtracted from both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from modelcache import ModelCache, __version__
+
+ROUNDS, CALLS = 9, 5_000
+NUM_MANY = 100_000
+
+
+@dataclass(frozen=True)
+class Figure:
+    what: str
+    ours: str
+    reference: str
+    ratio: str
+    limit: str
+    holds: bool
+    spread: str
+
+
+class Identity(torch.nn.Module):
+    """A model whose forward costs nothing, so that what is left is ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(4), requires_grad=False)
+
+    def forward(self, x: object) -> object:
+        return x
+
+
+@functools.lru_cache
+def lookup(name: str) -> str:
+    return name
+
+
+def timed(*functions: Callable[[], object]) -> list[list[float]]:
+    """Microseconds a call of each, per round; rounds interleaved, an empty call subtracted."""
+    times: list[list[float]] = [[] for _ in functions]
+
+    def once(function: Callable[[], object]) -> float:
+        began = time.perf_counter()
+        for _ in range(CALLS):
+            function()
+        return (time.perf_counter() - began) / CALLS * 1e6
+
+    for function in functions:
+        once(function)
+    for _ in range(ROUNDS):
+        empty = once(lambda: None)
+        for function, found in zip(functions, times, strict=True):
+            found.append(max(0.001, once(function) - empty))
+    return times
+
+
+def spread(found: list[float]) -> str:
+    return f"{min(found):.2f} to {max(found):.2f}"
+
+
+def hits(cache: ModelCache) -> list[Figure]:
+    handle = cache.get("model")
+    handle(1)
+
+    def bare() -> None:
+        with cache.lease_many("model"):
+            pass
+
+    def entered() -> None:
+        with cache.get("model"):
+            pass
+
+    def called() -> None:
+        handle(1)
+
+    lru, lease, block, call = timed(lambda: lookup("model"), bare, entered, called)
+    reference = statistics.median(lru)
+    figures = []
+    for what, found, limit in (
+        ("hit: bare lease (lease_many of one)", lease, 5.0),
+        ("hit: with cache.get(name)", block, 25.0),
+        ("hit: call through a handle", call, 25.0),
+    ):
+        ours = statistics.median(found)
+        figures.append(
+            Figure(
+                what,
+                f"{ours:.2f} us",
+                f"{reference:.3f} us (lru_cache hit)",
+                f"{ours / reference:.0f}",
+                f"<= {limit:.0f} us",
+                ours <= limit,
+                f"{spread(found)} us",
+            )
+        )
+    return figures
+
+
+def many(cache: ModelCache) -> list[Figure]:
+    def bare() -> None:
+        with cache.lease_many("model"):
+            pass
+
+    (few,) = timed(bare)
+    began = time.perf_counter()
+    for number in range(NUM_MANY):
+        cache.register(f"m{number}", Identity)
+    each_us = (time.perf_counter() - began) / NUM_MANY * 1e6
+    cache.free(ram=1024)  # Answered after every registration before it was taken note of.
+    (lots,) = timed(bare)
+    ours, theirs = statistics.median(lots), statistics.median(few)
+    return [
+        Figure("register, each of 100,000", f"{each_us:.1f} us", "-", "-", "<= 50 us", each_us <= 50, "one run"),
+        Figure(
+            "hit at 100,000 models",
+            f"{ours:.2f} us",
+            f"{theirs:.2f} us (hit with one model)",
+            f"{ours / theirs:.2f}",
+            "<= 3 x",
+            ours <= 3 * theirs,
+            f"{spread(lots)} us",
+        ),
+    ]
+
+
+def imports() -> list[Figure]:
+    def run(code: str) -> float:
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True)
+        return (time.perf_counter() - began) * 1e3
+
+    check = "import modelcache, sys; assert 'torch' not in sys.modules"
+    empty = [run("pass") for _ in range(5)]
+    found = [run(check) for _ in range(5)]
+    ours = statistics.median(found) - statistics.median(empty)
+    return [
+        Figure(
+            "import modelcache, no torch",
+            f"{ours:.0f} ms",
+            f"{statistics.median(empty):.0f} ms (empty interpreter)",
+            "-",
+            "< 150 ms",
+            ours < 150,
+            f"{min(found):.0f} to {max(found):.0f} ms with the interpreter",
+        )
+    ]
+
+
+def switches() -> list[Figure]:
+    """A to B on the simulated device where only one fits, next to one flat copy of the same bytes."""
+    from modelcache.testing import SimulatedDevice
+
+    size = 64 << 20
+    device = SimulatedDevice(capacity_bytes=256 << 20, link_bytes_per_s=8e9, poison=False)
+    source = torch.ones(size, dtype=torch.uint8)
+    target = device.allocate(size)
+    flat = []
+    for _ in range(5):
+        began = time.perf_counter()
+        device.copy_in(target, source).wait()
+        flat.append((time.perf_counter() - began) * 1e3)
+    del target
+
+    def load() -> torch.nn.Module:
+        return torch.nn.Linear(4096, 4096, bias=False).requires_grad_(requires_grad=False)
+
+    found = []
+    with ModelCache(device=device, vram=int(size * 1.2), ram=3 * size, progress=False) as cache:
+        cache.register("a", load)
+        cache.register("b", load)
+        for name in "abababababab":
+            began = time.perf_counter()
+            cache.get(name)
+            found.append((time.perf_counter() - began) * 1e3)
+    found = found[2:]
+    ours, reference = statistics.median(found), statistics.median(flat)
+    return [
+        Figure(
+            "switch of 64 MiB, simulated link 8 GB/s",
+            f"{ours:.1f} ms",
+            f"{reference:.1f} ms (flat copy)",
+            f"{ours / reference:.1f}",
+            "shown",
+            True,
+            f"{spread(found)} ms",
+        )
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", metavar="NAME", help="write benchmarks/results/NAME.md")
+    options = parser.parse_args()
+    torch.set_grad_enabled(False)
+    with ModelCache(ram="64MiB", device="host_only", progress=False) as cache:
+        cache.register("model", Identity)
+        figures = hits(cache) + many(cache)
+    figures += imports() + switches()
+    header = ("figure", "ours", "reference", "ratio", "limit", "", "spread")
+    rows = [(f.what, f.ours, f.reference, f.ratio, f.limit, "ok" if f.holds else "MISSED", f.spread) for f in figures]
+    lines = ["| " + " | ".join(row) + " |" for row in (header, tuple("---" for _ in header), *rows)]
+    print("\n".join(lines))
+    if options.write:
+        machine = (
+            f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}, torch "
+            f"{torch.__version__}, modelcache {__version__}, {time.strftime('%Y-%m-%d')}"
+        )
+        text = f"# {options.write}\n\n`python benchmarks/run.py` on {machine}.\n\n" + "\n".join(lines) + "\n"
+        Path(__file__).with_name("results").joinpath(f"{options.write}.md").write_text(text, encoding="utf-8")
+    return 0 if all(figure.holds for figure in figures) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
