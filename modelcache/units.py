@@ -13,8 +13,8 @@ _SIZES = {"B": 1} | {
 _DURATIONS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 # The number of digits is bounded, so that no text becomes an infinity or a conversion that takes long.
 _NUMBER = r"(\d{1,20}(?:\.\d{1,20})?)"
-_SIZE = re.compile(_NUMBER + r"\s*([A-Za-z]*)", re.ASCII)
-_PERCENT = re.compile(_NUMBER + r"\s*%", re.ASCII)
+_SIZE = re.compile(_NUMBER + r" *([A-Za-z]*)", re.ASCII)
+_PERCENT = re.compile(_NUMBER + r" *%", re.ASCII)
 _DURATION = re.compile(_NUMBER + r"(ms|s|m|h|d)", re.ASCII)
 _SMALLEST_MODEL_BYTES = 1 << 20
 

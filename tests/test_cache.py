@@ -787,13 +787,11 @@ def test_events_tell_the_whole_story_in_order(bench):
     bench.add("a", "b", size=40)
     bench.use("a", "b")
     told = [(str(e.kind), e.model, str(e.reason), e.on_behalf_of) for e in bench.cache.events()]
-    assert told == [
-        ("stage", "a", "request", "a"),
-        ("promote", "a", "request", "a"),
-        ("stage", "b", "request", "b"),
-        ("trim", "a", "lru", "b"),
-        ("promote", "b", "request", "b"),
-    ]
+    promoted = ("promote", "b", "request", "b")
+    assert told[:2] == [("stage", "a", "request", "a"), ("promote", "a", "request", "a")]
+    # Bringing b to RAM and giving a's VRAM up go on at the same time; b comes up after both.
+    assert set(told[2:4]) == {("stage", "b", "request", "b"), ("trim", "a", "lru", "b")}
+    assert told[4:] == [promoted]
     assert [event.seq for event in bench.cache.events()] == [1, 2, 3, 4, 5]
 
 

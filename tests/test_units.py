@@ -14,11 +14,11 @@ TEXTS = st.text(max_size=60) | st.from_regex(r"-?[0-9]{0,400}(\.[0-9]{0,400})?\s
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "cannot read ''; write a size such as \"18GiB\" (1024-based) or \"18GB\" (1000-based)"),
+        ("", 'cannot read \'\'; write a size such as "18GiB" (1024-based) or "18GB" (1000-based)'),
         ("18 gigs", "unknown unit 'gigs'; use GB or GiB, e.g. \"18GiB\""),
-        ("1,5GiB", "cannot read '1,5GiB'; write a size such as \"18GiB\" (1024-based) or \"18GB\" (1000-based)"),
-        ("1e3GiB", "cannot read '1e3GiB'; write a size such as \"18GiB\" (1024-based) or \"18GB\" (1000-based)"),
-        ("\uff11GiB", "cannot read '\uff11GiB'; write a size such as \"18GiB\" (1024-based) or \"18GB\" (1000-based)"),
+        ("1,5GiB", 'cannot read \'1,5GiB\'; write a size such as "18GiB" (1024-based) or "18GB" (1000-based)'),
+        ("1e3GiB", 'cannot read \'1e3GiB\'; write a size such as "18GiB" (1024-based) or "18GB" (1000-based)'),
+        ("\uff11GiB", 'cannot read \'\uff11GiB\'; write a size such as "18GiB" (1024-based) or "18GB" (1000-based)'),
         ("16 Gb", "unknown unit 'Gb' (gigabits?); use GB or GiB, e.g. \"16GiB\""),
         ("24Gi", "unknown unit 'Gi'; use GB or GiB, e.g. \"24GiB\""),
         ("8k", "unknown unit 'k'; use KB or KiB, e.g. \"8KiB\""),

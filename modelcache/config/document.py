@@ -88,9 +88,11 @@ def read_file(path: str) -> bytes:
         raise _unreadable(path, "no such file; write one with 'modelcache config init'") from None
     except (OSError, ValueError) as error:
         raise _unreadable(path, f"cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+    # Looked at before a file object is made, which a folder would refuse in words of its own.
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise _unreadable(path, "is not a regular file; name the YAML file itself")
     with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise _unreadable(path, "is not a regular file; name the YAML file itself")
         try:
             data = file.read(LARGEST_FILE_BYTES + 1)
         except OSError as error:

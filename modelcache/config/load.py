@@ -64,17 +64,19 @@ class Effective:
         settings: Frozen, valid.
         origins: Where each key was set, by path; what is missing has its default.
         warnings: What is allowed and probably not meant.
+        folder: Where relative paths begin; absolute, so that a later `chdir` changes nothing.
     """
 
     path: str | None
     settings: Settings
     origins: Mapping[Path, Origin]
     warnings: tuple[Finding, ...] = ()
+    folder: str = "."
 
     @property
     def specs(self) -> tuple[ModelSpec, ...]:
         """The models, in the order of the file; their paths resolved against its folder."""
-        folder = FilePath(_folder(self.path))
+        folder = FilePath(self.folder)
         idle_s = self.settings.policy.idle
         return tuple(
             _spec(name, model, folder, idle_s if ("models", name, "idle") not in self.origins else model.idle)
@@ -98,7 +100,7 @@ class Effective:
 
 
 def _folder(path: str | None) -> str:
-    """The folder that relative paths of a file begin at; absolute, so that a later `chdir` changes nothing."""
+    """The folder of a file, or the current one, as an absolute path."""
     return os.path.dirname(os.path.abspath(path)) if path is not None else os.path.abspath(os.curdir)  # noqa: PTH100, PTH120 - no link is followed
 
 
@@ -166,7 +168,8 @@ def _check(
     Crossing(tree, _folder(path), check.report).look()
     if valid is None or any(finding.severity == "error" for finding in findings):
         raise ConfigError(_in_order(findings))
-    return Effective(path, _resolved(valid, path, origins), MappingProxyType(origins), _in_order(findings))
+    resolved = _resolved(valid, path, origins)
+    return Effective(path, resolved, MappingProxyType(origins), _in_order(findings), _folder(path))
 
 
 def _in_order(findings: list[Finding]) -> tuple[Finding, ...]:
@@ -266,7 +269,7 @@ def _keys_under(above: Path) -> tuple[str, ...]:
 
 def missing_files(found: Effective) -> Iterator[Finding]:
     """One finding for each model whose files are not there; looks at names only."""
-    folder = FilePath(_folder(found.path))
+    folder = FilePath(found.folder)
     for name, model in found.settings.models.items():
         for option in PATH_OPTIONS:
             written = getattr(model, option)
@@ -320,4 +323,6 @@ def json_schema() -> dict[str, Any]:
     schema = Settings.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "modelcache configuration"
+    # The names are a pattern; what does not match it is an error and not another kind of key.
+    schema["properties"]["models"]["additionalProperties"] = False
     return schema

@@ -258,7 +258,7 @@ class Settings(Section):
         default_factory=BudgetSettings, description="Bytes each tier may hold."
     )
     policy: Annotated[PolicySettings, BeforeValidator(_no_null)] = Field(
-        default_factory=PolicySettings, description="What goes first, and when."
+        default_factory=PolicySettings, description="Which models give up room, and when."
     )
     preload: Annotated[tuple[Name, ...], BeforeValidator(_no_null_list)] = Field(
         default=(), description="Models to bring up at start, in this order. Default: none."

@@ -33,7 +33,7 @@ CopyMode = Literal["auto", "always"]
 ProgressReport = Callable[[int, int, str], None]
 
 # Not all of what is free is to be had: allocators round, and the process itself grows a little.
-_MARGIN_BYTES = 32 << 20
+_MARGIN_FRACTION = 64
 
 
 def materialize_meta_tensors(
@@ -278,9 +278,11 @@ def _planned(model: object, extra: list[Mapping[str, Any]]) -> Plan:
 def _check_memory(needed: Mapping[Unit, int], target: torch.device) -> None:
     total_bytes = sum(needed.values())
     free_bytes = available_bytes(target) if total_bytes else None
-    if free_bytes is not None and total_bytes > free_bytes - _MARGIN_BYTES:
-        names = tuple(unit.name for unit in needed)
-        raise MaterializeMemoryError(names, total_bytes, max(0, free_bytes - _MARGIN_BYTES), str(target))
+    if free_bytes is None:
+        return
+    usable_bytes = free_bytes - free_bytes // _MARGIN_FRACTION
+    if total_bytes > usable_bytes:
+        raise MaterializeMemoryError(tuple(unit.name for unit in needed), total_bytes, usable_bytes, str(target))
 
 
 def available_bytes(device: torch.device) -> int | None:

@@ -10,11 +10,11 @@ from modelcache.testing.models import FakePart
 
 def is_on_disk(part: FakePart, dirty: set[int]) -> bool:
     """Whether an image file or the source holds the bytes that count."""
-    if part.with_loader is not None or not (part.is_readable or part.image is not None):
-        raise MoveError(part.part, "ram", "disk", "nothing else holds its bytes")
+    if part.with_loader is not None:
+        raise MoveError(part.part, "ram", "disk", "it was never staged whole; stage it first, or unregister it")
     if dirty and part.on_write is not OnWrite.DISCARD:
         return False
-    return part.image is not None or not part.has_diverged
+    return part.image is not None or (part.is_readable and not part.has_diverged)
 
 
 def stage(part: FakePart) -> int:

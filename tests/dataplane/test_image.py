@@ -53,7 +53,7 @@ def test_a_segment_below_the_alignment_is_refused():
         torch.randn(6).to(torch.float8_e4m3fn),
         torch.arange(5).to(torch.uint16),
     ],
-    ids=str,
+    ids=lambda tensor: f"{tensor.dtype} of {tuple(tensor.shape)} by {tensor.stride()}",
 )
 def test_a_view_over_the_same_bytes_is_the_same_tensor(tensor):
     flat = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())

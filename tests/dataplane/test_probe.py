@@ -1,81 +1,25 @@
 import subprocess
 import sys
-from types import SimpleNamespace
 
-import pynvml
+from nvml_fakes import GIB, Card, FakeNvml, sliced_card
 
 from modelcache.dataplane.probe import Reading, Unavailable, cuda_figures, machine_report, totals
 
-GIB = 1024**3
+
+def one_card(**more):
+    card = Card("NVIDIA L4", "GPU-l4", 24 * GIB, 23 * GIB, **more)
+    card.users = [(99, GIB)]
+    return FakeNvml(card)
 
 
-class OneCard:
-    """NVML of a machine with one card and one user."""
-
-    NVMLError = pynvml.NVMLError
-
-    def __init__(self):
-        self.num_open = 0
-        self.is_broken = False
-        self.is_integrated = False
-        self.generation = 4
-
-    def nvmlInit(self):
-        if self.is_broken:
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
-        self.num_open += 1
-
-    def nvmlShutdown(self):
-        self.num_open -= 1
-
-    def nvmlSystemGetDriverVersion(self):
-        return b"580.126.09"
-
-    def nvmlSystemGetCudaDriverVersion(self):
-        return 13020
-
-    def nvmlDeviceGetCount(self):
-        return 1
-
-    def nvmlDeviceGetHandleByIndex(self, index):
-        return "card"
-
-    def nvmlDeviceGetHandleByUUID(self, uuid):
-        return "card"
-
-    def nvmlDeviceGetName(self, handle):
-        return b"NVIDIA L4"
-
-    def nvmlDeviceGetUUID(self, handle):
-        return b"GPU-l4"
-
-    def nvmlDeviceGetMigMode(self, handle):
-        return (0, 0)
-
-    def nvmlDeviceGetMaxMigDeviceCount(self, handle):
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-
-    def nvmlDeviceGetMemoryInfo(self, handle):
-        return SimpleNamespace(total=24 * GIB, free=23 * GIB)
-
-    def nvmlDeviceGetMaxPcieLinkGeneration(self, handle):
-        return self.generation
-
-    def nvmlDeviceGetMaxPcieLinkWidth(self, handle):
-        if self.is_integrated:
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-        return 8
-
-    def nvmlDeviceGetComputeRunningProcesses(self, handle):
-        return [SimpleNamespace(pid=99, usedGpuMemory=GIB)]
-
-    def nvmlDeviceGetGraphicsRunningProcesses(self, handle):
-        return []
+def no_driver():
+    nvml = FakeNvml()
+    nvml.init_error = "DRIVER_NOT_LOADED"
+    return nvml
 
 
 def test_totals_give_the_reason_where_there_is_no_figure(tmp_path):
-    nvml = OneCard()
-    nvml.is_broken = True
+    nvml = no_driver()
     found = totals(0, nvml=nvml, root=tmp_path)
     assert isinstance(found.vram, Unavailable)
     assert found.vram.code == "DRIVER_NOT_LOADED"
@@ -83,7 +27,7 @@ def test_totals_give_the_reason_where_there_is_no_figure(tmp_path):
 
 
 def test_totals_measure_the_device_and_the_machine_and_close_what_they_opened(tmp_path):
-    nvml = OneCard()
+    nvml = one_card()
     found = totals(0, nvml=nvml, root=tmp_path)
     assert isinstance(found.vram, Reading)
     assert (found.vram.total_bytes, found.vram.others_bytes) == (24 * GIB, GIB)
@@ -91,13 +35,12 @@ def test_totals_measure_the_device_and_the_machine_and_close_what_they_opened(tm
 
 
 def test_totals_without_a_cuda_device_ask_nobody_about_one(tmp_path):
-    nvml = OneCard()
-    nvml.is_broken = True
+    nvml = no_driver()
     assert totals(None, nvml=nvml, root=tmp_path).vram is None
 
 
 def test_the_report_lists_versions_cards_and_users(tmp_path):
-    nvml = OneCard()
+    nvml = one_card()
     report = machine_report(nvml=nvml, root=tmp_path)
     assert (report.nvml, report.driver_version, report.cuda_version) == (None, "580.126.09", "13.2")
     [device] = report.devices
@@ -108,18 +51,33 @@ def test_the_report_lists_versions_cards_and_users(tmp_path):
 
 
 def test_the_link_is_named_and_rated_by_its_generation_and_lanes(tmp_path):
-    nvml = OneCard()
+    nvml = one_card()
+    nvml.cards[0].link = (4, 8)
     link = machine_report(nvml=nvml, root=tmp_path).devices[0].link
     assert (str(link), link.bytes_per_s) == ("PCIe 4.0 x8", 12_800_000_000)
-    nvml.generation = 9
+    nvml.cards[0].link = (9, 16)
     assert machine_report(nvml=nvml, root=tmp_path).devices[0].link is None
-    nvml.is_integrated = True
+    nvml.cards[0].link = None
     assert machine_report(nvml=nvml, root=tmp_path).devices[0].link is None
+
+
+def test_the_report_of_a_cut_card_shows_the_slice_and_all_uuids(tmp_path):
+    [device] = machine_report(nvml=FakeNvml(sliced_card()), root=tmp_path).devices
+    assert device.memory.total_bytes == 9 * GIB
+    assert device.uuids == ("GPU-parent", "MIG-s1", "MIG-s2")
+
+
+def test_the_older_bindings_answer_in_bytes(tmp_path):
+    nvml = one_card()
+    nvml.nvmlSystemGetDriverVersion = lambda: b"470.1"
+    nvml.cards[0].name, nvml.nvmlDeviceGetUUID = b"NVIDIA L4", lambda handle: b"GPU-l4"
+    report = machine_report(nvml=nvml, root=tmp_path)
+    assert report.driver_version == "470.1"
+    assert (report.devices[0].name, report.devices[0].uuid) == ("NVIDIA L4", "GPU-l4")
 
 
 def test_the_report_of_a_machine_without_nvml_says_why(tmp_path):
-    nvml = OneCard()
-    nvml.is_broken = True
+    nvml = no_driver()
     report = machine_report(nvml=nvml, root=tmp_path)
     assert report.nvml.code == "DRIVER_NOT_LOADED"
     assert report.devices == ()

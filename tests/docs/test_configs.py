@@ -44,7 +44,22 @@ def test_the_reference_shows_every_key() -> None:
     assert shown == set(ModelSettings.model_fields)
 
 
+def test_the_schema_is_a_schema_and_says_something_of_every_key() -> None:
+    schema = json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    sections = [schema, *schema["$defs"].values()]
+    for section in sections:
+        for key, says in section.get("properties", {}).items():
+            assert says.get("description"), key
+
+
 def test_the_schema_refuses_what_the_reader_refuses() -> None:
-    for text in ("buget: {}", "budgets: {vram: 16}", "policy: {idle: 210}", "models: {a: {path: x}}"):
+    for text in (
+        "buget: {}",
+        "budgets: {vram: 16}",
+        "policy: {idle: 210}",
+        "models: {a: {path: x}}",
+        "models: {A B: {loader: 'm:f'}}",
+    ):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(yaml.safe_load(text), json_schema())
