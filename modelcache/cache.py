@@ -47,15 +47,17 @@ STALL_S = 10.0
 class ModelCache:
     """An LRU cache for whole PyTorch models: GPU memory over RAM over disk.
 
-    Use it as a context manager, or `close` it. All methods may be called from any thread; those that take a model's
+    What is not given has the value of its environment variable, such as ``MODELCACHE_BUDGETS__VRAM``, or else its
+    default. Use it as a context manager, or `close` it. All methods may be called from any thread; those that take a model's
     name raise `UnknownModelError` for one that is not registered, and `CacheClosedError` after `close`.
 
     Args:
-        vram: Budget of the device: ``"20GiB"``, ``"80%"`` (of its memory less what others hold), ``"auto"``, or bytes.
-        ram: Budget of RAM, likewise; a percentage is of the machine or the container, whichever is smaller.
+        vram: Budget of the device: ``"20GiB"``, ``"80%"`` (of its memory less what others hold), ``"auto"`` (80 %, the
+            default), or bytes.
+        ram: Budget of RAM, likewise; ``"auto"`` is half. A percentage is of the machine or the container.
         page_locked: How much of `ram` may be page-locked, for asynchronous copies.
-        disk: Budget of image files, for models whose loader cannot be called again; ``None`` for none.
-        device: ``"auto"``, ``"cuda:0"``, ``"simulated"``, ``"host_only"``, or a device object of `modelcache.testing`.
+        disk: Budget of image files, for models whose loader cannot be called again; none by default.
+        device: ``"auto"`` (the default: the first CUDA device, else RAM), ``"cuda:0"``, ``"simulated"``, ``"host_only"``, or a device object of `modelcache.testing`.
         policy: Which copies go first: ``"lru"`` or ``"cost"``.
         when_full: ``"wait"`` for a lease to be returned, or ``"reject"`` with `BudgetExhaustedError`.
         idle: Park a model after this long without a lease, such as ``"10m"``; a model's own `idle` wins.
@@ -72,19 +74,19 @@ class ModelCache:
     def __init__(
         self,
         *,
-        vram: int | str = "auto",
-        ram: int | str = "auto",
+        vram: int | str | None = None,
+        ram: int | str | None = None,
         page_locked: int | str | None = None,
         disk: int | str | None = None,
-        device: Any = "auto",
-        policy: str = "lru",
-        when_full: str = "wait",
-        idle: str | float | None = None,
-        max_waiters: int = 512,
+        device: Any = None,
+        policy: str | None = None,
+        when_full: str | None = None,
+        idle: str | None = None,
+        max_waiters: int | None = None,
         image_dir: str | PathLike[str] | None = None,
-        segment: int | str = "64MiB",
-        progress: bool = True,
-        lease_sites: bool = False,
+        segment: int | str | None = None,
+        progress: bool | None = None,
+        lease_sites: bool | None = None,
     ) -> None:
         given = {key: value for key, value in locals().items() if key not in ("self", "__class__", "given")}
         self._open(assemble(given))

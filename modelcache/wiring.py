@@ -93,7 +93,7 @@ def assemble(given: Mapping[str, Any]) -> Parts:
     from modelcache.config import settings_of
 
     device = given["device"]
-    is_open = not isinstance(device, str)
+    is_open = not isinstance(device, str | None)
     call = {_KEYS[key]: value for key, value in given.items() if not (is_open and key == "device")}
     if given["image_dir"] is not None:
         call["image_dir"] = os.fspath(given["image_dir"])

@@ -128,8 +128,8 @@ def effective(
 
 
 def settings_of(call: Mapping[str, object], environ: Mapping[str, str] | None = None) -> Settings:
-    """Settings of a call without a file; the environment does not change what a program says of itself."""
-    return _check(Document(""), None, call, {}, environ if environ is not None else {}).settings
+    """Settings of a call without a file: what it does not give is the environment's, or else the default."""
+    return _check(Document(""), None, call, {}, environ).settings
 
 
 def check_text(text: str, path: str = "modelcache.yaml") -> Effective:

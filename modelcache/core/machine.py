@@ -320,11 +320,15 @@ class Machine:
         }
 
         def may(name: str) -> bool:
-            if name in promised or self.bars.get(name, waiting.ticket) != waiting.ticket:
+            if name in promised or self.is_barred(name, waiting):
                 return False
             return self.num_leases(name) == 0
 
         return may
+
+    def is_barred(self, name: str, waiting: Waiting) -> bool:
+        """Whether a model is kept for an earlier ticket; one that is kept for a later ticket is free to an earlier."""
+        return self.bars.get(name, waiting.ticket) < waiting.ticket
 
     def carry_out(self, waiting: Waiting, plan: Plan, reason: Reason, *, check: bool = True) -> bool:
         """Commit a plan, or first close the gates it needs closed; True when it is committed."""

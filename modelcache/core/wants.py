@@ -298,7 +298,7 @@ class Wants:
             model, gate = m.books.models[name], m.gates[name]
             if waiting.want.holder is not None and waiting.want.holder in gate.holders():
                 continue  # A second lease for whoever is inside already: making it wait would be waiting for itself.
-            if m.bars.get(name, waiting.ticket) != waiting.ticket:
+            if m.is_barred(name, waiting):
                 self._block(waiting, (), f"{name!r}, which is promised to a request that came earlier")
                 return
             if model.limit and m.num_leases(name) >= model.limit:

@@ -203,7 +203,7 @@ def restore_dispatch(model: ModelT, *, on_modified: OnModified = "write") -> Mod
     if on_modified not in ("write", "error", "discard"):
         raise ValueError(f"on_modified must be 'write', 'error' or 'discard', not {on_modified!r}")
     with _turn_of(model):
-        attributes = vars(_owner(model))
+        attributes = _memory_of(model)
         snapshot = attributes.get(ATTRIBUTE)
         if snapshot is None:
             raise MaterializeError(
@@ -246,9 +246,15 @@ def _components(model: object) -> dict[str, torch.nn.Module]:
     return modules_of(model)
 
 
-def _owner(model: object) -> object:
-    """The object that remembers the dispatch: a compiled module and its original are one model."""
-    return unwrapped(model) if isinstance(model, torch.nn.Module) else model
+def _first_module(model: object) -> torch.nn.Module:
+    """The module that stands for the object: a compiled module and its original are one model."""
+    return unwrapped(next(iter(_components(model).values())))
+
+
+def _memory_of(model: object) -> dict[str, Any]:
+    """Where the dispatch is remembered: the attributes of the object, or of its first module if it can have none."""
+    owner = model if hasattr(model, "__dict__") and not isinstance(model, torch.nn.Module) else _first_module(model)
+    return vars(owner)
 
 
 def _resolved(target_device: torch.device | str | int) -> torch.device:
@@ -313,7 +319,7 @@ def _commit(
     swaps += staged.swaps
     hooks = [swap for module in plan.places.modules for swap in state.unhooking(module)]
     others = _of_pipeline(model, target)
-    attributes = vars(_owner(model))
+    attributes = _memory_of(model)
     known = attributes.get(ATTRIBUTE, ABSENT)
     if not keep_dispatch:
         kept: Any = ABSENT
@@ -379,14 +385,14 @@ class _Turn:
         self.thread: int | None = None
 
 
-_turns: WeakKeyDictionary[Any, _Turn] = WeakKeyDictionary()
+_turns: WeakKeyDictionary[torch.nn.Module, _Turn] = WeakKeyDictionary()
 _turns_lock = threading.Lock()  # guards the table only; taken before a turn's own lock and released before it is held
 
 
 @contextmanager
 def _turn_of(model: object) -> Iterator[None]:
     with _turns_lock:
-        turn = _turns.setdefault(_owner(model), _Turn())
+        turn = _turns.setdefault(_first_module(model), _Turn())
     if turn.thread == threading.get_ident():
         raise MaterializeError((), "this model is being materialized or restored by this very thread already")
     with turn.lock:

@@ -38,7 +38,7 @@ class MadeReal:
     placeholder: torch.Tensor
     kept: state.Kept | None
     tensor: torch.Tensor
-    version: int
+    version: int | None
 
 
 @dataclass(slots=True)
@@ -82,7 +82,7 @@ def take_snapshot(
         hooks=hooks,
         others=[*others, *staged.swaps],
         made_real=[
-            MadeReal(slot, slot.tensor, unit.kept.get(slot), tensor, tensor._version)
+            MadeReal(slot, slot.tensor, unit.kept.get(slot), tensor, _version(tensor))
             for unit in plan.loads
             for slot in unit.slots
             for tensor in (staged.tensors[stands_for.get(unit, unit)],)
@@ -90,6 +90,11 @@ def take_snapshot(
         homes=[(slot, device) for unit, device in _moved(plan, staged) for slot in unit.slots],
         modules=frozenset(map(id, plan.places.modules)),
     )
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """How often the tensor was written to in place; nobody counts for one made in inference mode."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _moved(plan: Plan, staged: Staged) -> Iterator[tuple[Unit, torch.device]]:
@@ -185,14 +190,14 @@ def _is_changed(made: MadeReal, now: torch.Tensor, headers: Headers, *, strict: 
     Memory that both share cannot differ; `strict` asks whether it was written to.
     """
     if is_wrapper(now) or is_bitsandbytes(now):
-        return now is not made.tensor or now._version != made.version
+        return now is not made.tensor or _version(now) != made.version
     if (now.shape, now.dtype) != (made.tensor.shape, made.placeholder.dtype):
         return True
     kept = made.kept
     if isinstance(kept, state.KeptTensor) and _is_same_memory(kept.table.get(kept.key), now):
-        return strict and (now is not made.tensor or now._version != made.version)
+        return strict and (now is not made.tensor or _version(now) != made.version)
     if kept is None:
-        return now._version != made.version
+        return _version(now) != made.version
     try:
         stored = fetch(kept, headers)
     except FileProblemError as problem:

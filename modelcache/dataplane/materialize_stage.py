@@ -23,7 +23,7 @@ from modelcache.dataplane.materialize_files import (
 )
 from modelcache.dataplane.materialize_journal import Entry, Memory, Swap
 from modelcache.dataplane.materialize_plan import Plan, Unit
-from modelcache.dataplane.materialize_rewrap import as_buffer, as_parameter, as_quantized, is_bitsandbytes
+from modelcache.dataplane.materialize_rewrap import as_buffer, as_parameter, as_quantized, is_bitsandbytes, is_packed
 from modelcache.dataplane.materialize_slots import is_wrapper, size_bytes
 from modelcache.errors import MaterializeError
 
@@ -171,7 +171,10 @@ class Stager:
         if not slot.is_parameter:
             self._staged.tensors[unit] = as_buffer(value, unit.tensor)
         elif is_bitsandbytes(unit.tensor):
-            parameter = as_quantized(value, unit.tensor, unit.weights, unit.key, fetch)
+            try:
+                parameter = as_quantized(value, unit.tensor, unit.weights, unit.key, fetch)
+            except FileProblemError as problem:
+                raise MaterializeError((unit.name,), f"its quantization statistics: {problem}") from problem
             self._staged.tensors[unit] = parameter
             self._staged.swaps += [
                 Entry(
@@ -210,7 +213,8 @@ def _ask(unit: Unit, kept: state.KeptElsewhere) -> torch.Tensor:
     except Exception as error:
         # The mapping is somebody's code and may raise anything; the model must hear which tensor it was about.
         raise MaterializeError((unit.name,), f"the weights mapping of its hook failed with {error!r}") from error
-    if not isinstance(value, torch.Tensor) or value.is_meta or value.shape != unit.tensor.shape:
+    fits = isinstance(value, torch.Tensor) and (value.shape == unit.tensor.shape or is_packed(unit.tensor))
+    if not fits or value.is_meta:
         found = f"a tensor {tuple(value.shape)} on {value.device}" if isinstance(value, torch.Tensor) else repr(value)
         raise MaterializeError((unit.name,), f"the weights mapping of its hook gave {found[:80]}")
     # It may be a view of anything; what the model gets is its own.

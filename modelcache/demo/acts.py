@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from modelcache.demo import digits
 from modelcache.demo.accelerator import label, opened
 from modelcache.demo.chrome_trace import write_trace
 from modelcache.demo.dispatched import rescue
 from modelcache.demo.page import write_page
-from modelcache.demo.records import Budgets, CacheRun, Outcome, Rescue
+from modelcache.demo.records import Budgets, CacheRun, Outcome, Rescue, Title
 from modelcache.demo.reloading import delete_and_reload, size_of
 from modelcache.demo.report import print_report
 from modelcache.demo.screen import Screen
@@ -30,7 +32,7 @@ _LOUD = ("transformers", "torchao", "torch.utils._pytree", "accelerate")
 def play(*, synthetic: bool, out: Path, num_requests: int, seed: int) -> int:
     """Run every act; 0 if all checks passed."""
     screen = Screen()
-    with tempfile.TemporaryDirectory(prefix="modelcache-demo-") as folder, _hushed():
+    with tempfile.TemporaryDirectory(prefix="modelcache-demo-") as folder, _hushed(), _one_thread():
         try:
             sentences = sentence_model(Path(folder), synthetic=synthetic, seed=seed)
         except DamagedWeightsError as error:
@@ -44,12 +46,12 @@ class _Play:
 
     def __init__(self, screen: Screen, folder: Path, sentences: SentenceModel, out: Path) -> None:
         self._screen, self._folder, self._sentences, self._out = screen, folder, sentences, out
-        self._title = f"modelcache demo: {sentences.label}, on {label()}"
+        self._title = Title(sentences.label, label(), sentences.is_real)
 
     def run(self, num_requests: int, seed: int) -> int:
         """All acts in order."""
         began_s = time.perf_counter()
-        self._screen.act(self._title)
+        self._screen.act(self._title.line)
         self._act("training a small network on handwritten digits")
         workload = Workload(self._sentences, digits.train(self._folder, seed))
         sizes = {variant.name: size_of(variant.load()) for variant in workload.variants}
@@ -72,8 +74,7 @@ class _Play:
         return 0 if all(check.holds for check in checks) else 1
 
     def _act(self, text: str) -> None:
-        suffix = "" if self._sentences.is_real else f" ({self._sentences.label})"
-        self._screen.act(text + suffix)
+        self._screen.act(text + self._title.mark)
 
     def _rescue(self, budgets: Budgets) -> Rescue:
         self._act("a model that accelerate split over CPU and disk")
@@ -111,6 +112,21 @@ def _budgets(sizes: list[int]) -> Budgets:
 def _rounded(size_bytes: int) -> int:
     unit = 1 << 20
     return -(-size_bytes // unit) * unit
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread.
+
+    The models are small, the copies and checks of the cache run beside them, and where other programs want the cores
+    too, threads that wait for each other wait for long. Each run of the trace has the same.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 @contextmanager

@@ -79,16 +79,6 @@ def train(folder: Path, seed: int) -> Digits:
 
 
 def _fit(net: DigitsNet, images: torch.Tensor, labels: torch.Tensor) -> None:
-    # Layers this small are slower on several threads, much slower where other programs use the cores too.
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        _descend(net, images, labels)
-    finally:
-        torch.set_num_threads(num_threads)
-
-
-def _descend(net: DigitsNet, images: torch.Tensor, labels: torch.Tensor) -> None:
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
     net.train()
     for _ in range(_NUM_EPOCHS):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from modelcache import format_bytes, format_seconds
 from modelcache.demo.palette import style_sheet
-from modelcache.demo.records import Budgets, Check, Outcome, Rescue
-from modelcache.demo.report import comparison
+from modelcache.demo.records import Budgets, Check, Outcome, Rescue, Title
+from modelcache.demo.report import FINE_PRINT, comparison
 from modelcache.demo.timeline import timeline
 from modelcache.demo.variants import Workload
 
@@ -32,13 +32,13 @@ td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 .scroll{overflow-x:auto}svg{display:block;width:100%;min-width:760px;height:auto}
 svg text{fill:var(--dim);font:12px system-ui,sans-serif}svg text.name{fill:var(--fg);font-weight:600}
 svg .axis{stroke:var(--line)}svg .budget{stroke:var(--bad);stroke-dasharray:5 4}
-svg .piece:hover,svg .area:hover{opacity:.75}
+svg .pale{opacity:.35}svg .piece:hover,svg .area:hover{opacity:.7}
 .key{display:flex;flex-wrap:wrap;gap:4px 18px;margin:8px 0}.key span::before{content:"";display:inline-block;width:12px;
 height:12px;border-radius:3px;margin-right:6px;vertical-align:-1px;background:var(--c)}
 #tip{position:fixed;pointer-events:none;background:var(--fg);color:var(--bg);font-size:13px;padding:4px 8px;
 border-radius:5px;max-width:360px;display:none;z-index:2}
 """
-# The titles inside the drawings already tell everything; this only tells it at once.
+# Says what is under the pointer; the tables have the same figures for whoever runs no scripts.
 _SCRIPT = """
 const tip=document.getElementById('tip');
 document.addEventListener('mousemove',e=>{const t=e.target.closest('[data-tip]');
@@ -50,7 +50,7 @@ tip.style.left=Math.min(e.clientX+14,innerWidth-tip.offsetWidth-8)+'px';tip.styl
 
 def write_page(
     path: Path,
-    title: str,
+    title: Title,
     workload: Workload,
     sizes: Mapping[str, int],
     budgets: Budgets,
@@ -62,7 +62,7 @@ def write_page(
 
     Args:
         path: The file.
-        title: Says which weights these are, on which device.
+        title: Which weights these are, on which device.
         workload: The models, whose order is that of their colours.
         sizes: Bytes of each model.
         budgets: Of the cache.
@@ -72,26 +72,31 @@ def write_page(
     """
     sections = [
         _head(title, workload, sizes, budgets, checks),
-        _rescue(rescued),
-        _comparison(outcomes),
-        *(
-            f"<h2>{escape(outcome.title)}: what was where</h2>" + timeline(outcome, workload.names, budgets)
-            for outcome in outcomes
-            if outcome.samples
-        ),
-        _checks(checks),
+        _rescue(rescued, title),
+        _comparison(outcomes, title),
+        *(_timeline(outcome, workload, budgets, title) for outcome in outcomes),
+        _checks(checks, title),
     ]
     path.write_text(
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{style_sheet()}{_STYLE}</style></head><body>"
+        f"<title>{escape(title.line)}</title><style>{style_sheet()}{_STYLE}</style></head><body>"
         + "".join(sections)
         + f'<div id="tip"></div><script>{_SCRIPT}</script></body></html>\n',
         encoding="utf-8",
     )
 
 
-def _head(title: str, workload: Workload, sizes: Mapping[str, int], budgets: Budgets, checks: Sequence[Check]) -> str:
+def _heading(words: str, title: Title) -> str:
+    return f"<h2>{escape(words + title.mark)}</h2>"
+
+
+def _timeline(outcome: Outcome, workload: Workload, budgets: Budgets, title: Title) -> str:
+    words = "what was where" if outcome.samples else "the requests"
+    return _heading(f"{outcome.title}: {words}", title) + timeline(outcome, workload.names, budgets)
+
+
+def _head(title: Title, workload: Workload, sizes: Mapping[str, int], budgets: Budgets, checks: Sequence[Check]) -> str:
     failed = sum(not check.holds for check in checks)
     verdict = (
         f'<span class="good">all {len(checks)} checks passed</span>'
@@ -103,25 +108,28 @@ def _head(title: str, workload: Workload, sizes: Mapping[str, int], budgets: Bud
         for i, name in enumerate(workload.names)
     )
     return (
-        f"<h1>{escape(title)}</h1><p>{verdict}</p>"
+        f'<h1>modelcache demo{escape(title.mark)}</h1><p class="dim">{escape(title.weights)}; {escape(title.device)}</p>'
+        f"<p>{verdict}</p>"
         f"<p>{len(workload.names)} models share {format_bytes(budgets.vram_bytes)} of VRAM and "
-        f"{format_bytes(budgets.ram_bytes)} of RAM: room for two of them up here, and for four down there.</p>"
+        f"{format_bytes(budgets.ram_bytes)} of RAM: room for the two largest up there, and for the four largest below."
+        "</p>"
         f'<div class="key">{keys}</div>'
     )
 
 
-def _rescue(rescued: Rescue) -> str:
-    rows = "".join(_check_row(check) for check in rescued.checks)
+def _rescue(rescued: Rescue, title: Title) -> str:
+    # The first two checks are the errors themselves, shown above the table.
+    rows = "".join(_check_row(check) for check in rescued.checks[2:])
     return (
-        "<h2>A model that accelerate had split</h2>"
-        f"<p>{rescued.num_meta} of its tensors were on the meta device, their data on disk. Moving it failed:</p>"
+        _heading("A model that accelerate had split", title)
+        + f"<p>{rescued.num_meta} of its tensors were on the meta device, their data on disk. Moving it failed:</p>"
         f'<pre>model.to("cpu")  {escape(rescued.to_error)}</pre><pre>model.cpu()      {escape(rescued.cpu_error)}</pre>'
         f"<p>Materialized ({format_bytes(rescued.size_bytes)} in {format_seconds(rescued.seconds)}) it moves, "
         f"parks and comes back:</p><table><tbody>{rows}</tbody></table>"
     )
 
 
-def _comparison(outcomes: Sequence[Outcome]) -> str:
+def _comparison(outcomes: Sequence[Outcome], title: Title) -> str:
     headings, rows = comparison(outcomes)
     head = "".join(f'<th class="{"n" if i else ""}">{escape(text)}</th>' for i, text in enumerate(headings))
     body = "".join(
@@ -129,8 +137,9 @@ def _comparison(outcomes: Sequence[Outcome]) -> str:
         for row in rows
     )
     return (
-        "<h2>The same requests, three ways</h2>"
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        _heading("The same requests, three ways", title)
+        + f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        + f'<p class="dim">{escape(FINE_PRINT)}</p>'
         + _bars("Time spent waiting for models", outcomes, [o.waited_s for o in outcomes], format_seconds)
         + _bars("Bytes moved", outcomes, [float(o.moved_bytes) for o in outcomes], lambda size: format_bytes(int(size)))
     )
@@ -148,9 +157,9 @@ def _bars(caption: str, outcomes: Sequence[Outcome], numbers: Sequence[float], w
     return f'<p class="dim" style="margin-top:16px">{escape(caption)}</p><table><tbody>{rows}</tbody></table>'
 
 
-def _checks(checks: Sequence[Check]) -> str:
+def _checks(checks: Sequence[Check], title: Title) -> str:
     rows = "".join(_check_row(check) for check in checks)
-    return f"<h2>Checks</h2><table><tbody>{rows}</tbody></table>"
+    return f"{_heading('Checks', title)}<table><tbody>{rows}</tbody></table>"
 
 
 def _check_row(check: Check) -> str:

@@ -222,3 +222,28 @@ class Budgets:
 
     vram_bytes: int
     ram_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Title:
+    """What everything the demo shows is about.
+
+    Attributes:
+        weights: Which weights these are.
+        device: Where they run.
+        is_real: The weights are the official ones, verified.
+    """
+
+    weights: str
+    device: str
+    is_real: bool
+
+    @property
+    def mark(self) -> str:
+        """What every heading ends with, so that nobody takes generated weights for real ones."""
+        return "" if self.is_real else " (synthetic weights)"
+
+    @property
+    def line(self) -> str:
+        """All of it in one line."""
+        return f"modelcache demo: {self.weights}; {self.device}"

@@ -10,9 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from modelcache import format_bytes, format_seconds
-from modelcache.demo.records import Check, Outcome, quantile
+from modelcache.demo.records import Check, Outcome, Title, quantile
 
 _PIPE_WIDTH = 160
+FINE_PRINT = (
+    "Each run answers the same requests on the same device. A switch is measured from asking for the model until it is "
+    "usable. Loads read from the disk: before each, the weights are dropped from the system's page cache."
+)
 
 
 def comparison(outcomes: Sequence[Outcome]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -32,7 +36,7 @@ def comparison(outcomes: Sequence[Outcome]) -> tuple[tuple[str, ...], list[tuple
     return headings, rows
 
 
-def print_report(title: str, outcomes: Sequence[Outcome], checks: Sequence[Check]) -> None:
+def print_report(title: Title, outcomes: Sequence[Outcome], checks: Sequence[Check]) -> None:
     """Write both tables to standard output."""
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
     headings, rows = comparison(outcomes)
@@ -41,9 +45,11 @@ def print_report(title: str, outcomes: Sequence[Outcome], checks: Sequence[Check
         table.add_column(heading, justify="right" if i else "left")
     for row in rows:
         table.add_row(*row)
-    console.print(Text(title, "bold"))
+    console.print(Text(title.line, "bold"))
     console.print()
+    console.print(Text(f"The same requests, three ways{title.mark}", "bold"))
     console.print(table)
+    console.print(Text(FINE_PRINT, "dim"))
     console.print()
     listing = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     listing.add_column("")
@@ -52,6 +58,7 @@ def print_report(title: str, outcomes: Sequence[Outcome], checks: Sequence[Check
     for check in checks:
         mark = Text("✓", "green") if check.holds else Text("✗", "bold red")
         listing.add_row(mark, Text(check.claim), Text(check.number))
+    console.print(Text(f"Checks{title.mark}", "bold"))
     console.print(listing)
     console.print()
     num_failed = sum(not check.holds for check in checks)

@@ -11,15 +11,19 @@ from modelcache.demo.chrome_trace import tracks
 from modelcache.demo.records import TIERS, Budgets, MoveFact, Outcome, Sample
 
 _WIDTH, _LEFT, _RIGHT = 1140, 120, 16
-_TIER_HEIGHT, _LANE_HEIGHT, _GAP = 110, 18, 14
+_TIER_HEIGHT, _LANE_HEIGHT, _REQUEST_HEIGHT, _GAP = 110, 18, 32, 14
+# Narrower bars are no longer seen.
+_LEAST_WIDTH = 0.8
 
 
 def timeline(outcome: Outcome, names: Sequence[str], budgets: Budgets) -> str:
     """The drawing of one run, as SVG in a box that scrolls on narrow screens."""
     drawing = _Drawing(outcome, names)
-    for tier, budget in zip(TIERS, (budgets.vram_bytes, budgets.ram_bytes, 0), strict=True):
-        drawing.tier(tier, budget)
-    drawing.moves()
+    if outcome.samples:
+        for tier, budget in zip(TIERS, (budgets.vram_bytes, budgets.ram_bytes, 0), strict=True):
+            if budget or any(any(sample.held[tier]) for sample in outcome.samples):
+                drawing.tier(tier, budget)
+        drawing.moves()
     drawing.requests()
     drawing.axis()
     label = f"Tiers, moves and requests of {outcome.title} over {format_seconds(outcome.seconds)}"
@@ -85,19 +89,22 @@ class _Drawing:
         )
 
     def requests(self) -> None:
-        """A tick a request; the long ones waited for their model."""
-        self._label("requests", self.y + 13)
+        """A bar a request, pale while it waited for its model."""
+        self._label("requests", self.y + 13, "pale: waiting")
         for number, served in enumerate(self._outcome.served, start=1):
             name = served.request.model
-            x, width = self._x(served.asked_s), max(1.2, (served.done_s - served.asked_s) * self._scale)
+            x, ready = self._x(served.asked_s), self._x(served.ready_s)
             tip = f"request {number} for {name}: found in {served.tier.upper()}, waited {format_seconds(served.wait_s)}"
             colour = self._names.index(name)
-            self._piece(
-                f'<rect class="piece" x="{x:.1f}" y="{self.y:.1f}" width="{width:.1f}" height="{_LANE_HEIGHT}" '
-                f'fill="var(--m{colour})"',
-                tip,
-            )
-        self.y += _LANE_HEIGHT + 6
+            for start, end, kind in ((x, ready, "piece pale"), (ready, self._x(served.done_s), "piece")):
+                if end - start >= _LEAST_WIDTH or kind == "piece":
+                    width = max(_LEAST_WIDTH, end - start)
+                    self._piece(
+                        f'<rect class="{kind}" x="{start:.1f}" y="{self.y:.1f}" width="{width:.1f}" '
+                        f'height="{_REQUEST_HEIGHT}" fill="var(--m{colour})"',
+                        tip,
+                    )
+        self.y += _REQUEST_HEIGHT + 6
 
     def axis(self) -> None:
         """Seconds."""
@@ -115,9 +122,8 @@ class _Drawing:
             self.pieces.append(f'<text x="0" y="{y + 16:.1f}">{escape(below)}</text>')
 
     def _piece(self, opening: str, tip: str) -> None:
-        tag = opening[1 : opening.index(" ")]
         words = escape(tip, quote=True)
-        self.pieces.append(f'{opening} data-tip="{words}"><title>{words}</title></{tag}>')
+        self.pieces.append(f'{opening} data-tip="{words}"/>')
 
 
 def _area(samples: Sequence[Sample], tier: str, index: int, x: object, bottom: float, unit: float, end_s: float) -> str:

@@ -94,6 +94,9 @@ def test_a_call_takes_bytes_and_text_and_names_what_it_does_not_know() -> None:
         settings_of({"budgets.vrom": 1})
 
 
-def test_a_call_is_not_changed_by_the_environment(monkeypatch) -> None:
+def test_the_environment_gives_what_a_call_does_not(monkeypatch) -> None:
     monkeypatch.setenv("MODELCACHE_BUDGETS__VRAM", "20GiB")
+    assert settings_of({}).budgets.vram.size_bytes == 20 << 30
+    assert settings_of({"budgets.vram": "30GiB"}).budgets.vram.size_bytes == 30 << 30
+    monkeypatch.delenv("MODELCACHE_BUDGETS__VRAM")
     assert settings_of({}).budgets.vram == Auto()

@@ -73,7 +73,7 @@ WORLDS = {
         Budgets(ram=5, vram=3),
         shared(),
         [(lease("a"), lease("c")), (lease("b"),), (lease("c"),)],
-        failures=1,
+        cancels=1,
     ),
     "several at once": lambda: World(
         Budgets(ram=6, vram=4),

@@ -153,7 +153,7 @@ def test_a_change_takes_precedence_where_it_is_put(split, tmp_path):
         table[key] = torch.zeros_like(weights["weight"])
         assert torch.equal(weights["weight"], table[key])
         assert isinstance(state.find_kept(weights, "weight"), state.KeptTensor)
-    assert torch.equal(split(X), split.linear2._old_forward.__self__.bias.new_zeros(8, 5) + Tiny().linear2.bias)
+    assert torch.equal(split(X), Tiny().linear2.bias.expand(8, 5))
 
 
 def test_unhooking_leaves_no_trace_and_can_be_taken_back(split):

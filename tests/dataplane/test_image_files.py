@@ -23,6 +23,22 @@ DATA = [
 PRINTS = [11, 22]
 
 
+_opened: list[ImageFiles] = []
+
+
+def opened(*args, **options) -> ImageFiles:
+    """Image files that are closed when the test ends."""
+    _opened.append(ImageFiles(*args, **options))
+    return _opened[-1]
+
+
+@pytest.fixture(autouse=True)
+def _closed(no_file_is_left_open):
+    yield
+    while _opened:
+        _opened.pop().close()
+
+
 def write(files, contents=CONTENTS):
     return files.write(contents, PRINTS, lambda s: memoryview(DATA[s]))
 
@@ -40,7 +56,7 @@ def everything(directory):
 
 
 def test_what_was_written_is_read_and_takes_what_was_said(tmp_path):
-    files = ImageFiles(tmp_path / "images")
+    files = opened(tmp_path / "images")
     file = write(files)
     assert file.size_bytes == file.path.stat().st_size == ImageFiles.size_bytes(CONTENTS)
     assert file.prints == tuple(PRINTS)
@@ -49,7 +65,7 @@ def test_what_was_written_is_read_and_takes_what_was_said(tmp_path):
 
 
 def test_the_manifest_says_what_lies_where(tmp_path):
-    file = write(ImageFiles(tmp_path))
+    file = write(opened(tmp_path))
     raw = file.path.read_bytes()
     magic, checksum, length = struct.unpack_from("<8sIQ", raw)
     manifest = raw[20 : 20 + length]
@@ -64,7 +80,7 @@ def test_the_manifest_says_what_lies_where(tmp_path):
 
 def test_files_are_for_their_user_only_and_their_names_say_nothing(tmp_path):
     contents = Contents("../../etc/passwd", "m", CONTENTS.image, VIEWS)
-    file = write(ImageFiles(tmp_path / "images"), contents)
+    file = write(opened(tmp_path / "images"), contents)
     assert stat.S_IMODE(file.path.stat().st_mode) == 0o600
     assert stat.S_IMODE(file.path.parent.stat().st_mode) == 0o700
     assert stat.S_IMODE(file.path.parent.parent.stat().st_mode) == 0o700
@@ -73,7 +89,7 @@ def test_files_are_for_their_user_only_and_their_names_say_nothing(tmp_path):
 
 
 def test_a_second_write_replaces_the_first_and_delete_removes_it(tmp_path):
-    files = ImageFiles(tmp_path)
+    files = opened(tmp_path)
     first, second = write(files), write(files)
     assert first.path == second.path
     assert everything(tmp_path) == [second.path]
@@ -88,12 +104,12 @@ def test_closing_removes_only_what_was_made(tmp_path):
     other = tmp_path / "images" / "precious.image"
     other.parent.mkdir()
     other.write_text("mine")
-    files = ImageFiles(tmp_path / "images")
+    files = opened(tmp_path / "images")
     files.delete(write(files))
     files.close()
     files.close()
     assert everything(tmp_path) == [other]
-    made = ImageFiles(tmp_path / "new" / "deep")
+    made = opened(tmp_path / "new" / "deep")
     made.delete(write(made))
     made.close()
     assert not (tmp_path / "new" / "deep").exists()
@@ -108,7 +124,7 @@ def test_a_failing_write_leaves_no_file_and_names_path_need_and_free(tmp_path, f
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return os.write(descriptor, data[:1000])
 
-    files = ImageFiles(tmp_path, write=full)
+    files = opened(tmp_path, write=full)
     with pytest.raises(MoveError, match=r"No space left on device: needs .*KiB, .* free; free disk space") as caught:
         write(files)
     assert str(tmp_path) in str(caught.value)
@@ -116,12 +132,12 @@ def test_a_failing_write_leaves_no_file_and_names_path_need_and_free(tmp_path, f
 
 
 def test_short_writes_are_continued(tmp_path):
-    files = ImageFiles(tmp_path, write=lambda descriptor, data: os.write(descriptor, data[:17]))
+    files = opened(tmp_path, write=lambda descriptor, data: os.write(descriptor, data[:17]))
     assert read(files, write(files)) == {0: DATA[0], 1: DATA[1]}
 
 
 def test_an_error_while_the_bytes_are_fetched_removes_the_temporary_file(tmp_path):
-    files = ImageFiles(tmp_path)
+    files = opened(tmp_path)
 
     def broken(segment):
         if segment == 1:
@@ -136,12 +152,12 @@ def test_an_error_while_the_bytes_are_fetched_removes_the_temporary_file(tmp_pat
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "images").write_text("a file")
     with pytest.raises(MoveError, match=r"images.*cannot be written: (Not a directory|File exists)"):
-        write(ImageFiles(tmp_path / "images"))
+        write(opened(tmp_path / "images"))
 
 
 @pytest.mark.parametrize("at", [0, 700, 1023, 1024, 1024 + 700])
 def test_a_flipped_bit_in_a_tensor_is_found_and_named(tmp_path, at):
-    files = ImageFiles(tmp_path)
+    files = opened(tmp_path)
     file = write(files)
     raw = bytearray(file.path.read_bytes())
     raw[file.data_offset + at] ^= 1
@@ -161,7 +177,7 @@ def test_a_flipped_bit_in_a_tensor_is_found_and_named(tmp_path, at):
 
 @pytest.mark.parametrize("size", [0, 100, 4096, 4097, 5000])
 def test_a_truncated_file_is_an_error_and_not_a_crash(tmp_path, size):
-    files = ImageFiles(tmp_path)
+    files = opened(tmp_path)
     file = write(files)
     os.truncate(file.path, size)
     with pytest.raises(WeightsError, match="is truncated"):
@@ -169,7 +185,7 @@ def test_a_truncated_file_is_an_error_and_not_a_crash(tmp_path, size):
 
 
 def test_a_file_that_is_gone_or_a_link_is_an_error(tmp_path):
-    files = ImageFiles(tmp_path)
+    files = opened(tmp_path)
     file = write(files)
     moved = file.path.rename(tmp_path / "elsewhere")
     with pytest.raises(WeightsError, match="cannot be opened: No such file"):

@@ -3,12 +3,12 @@
 import copy
 import itertools
 import threading
+from collections.abc import Mapping
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model, init_empty_weights
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, attach_align_device_hook
-from collections.abc import Mapping
 from dispatched import ACCELERATOR, SPLIT, Tiny, X, assert_moves, assert_whole, meta_names, portrait, state
 from safetensors.torch import save_file
 from torch import nn

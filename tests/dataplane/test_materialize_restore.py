@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -350,6 +351,44 @@ def test_a_compiled_model_is_restored_through_its_wrapper(tmp_path):
     materialize_meta_tensors(compiled)
     restore_dispatch(compiled)
     assert portrait(model) == before
+
+
+@pytest.mark.parametrize("kind", ["dict", "list", "tuple"])
+def test_several_models_in_a_container_are_made_whole_and_restored_together(tmp_path, kind):
+    models = [dispatch_model(Tiny().eval(), SPLIT, offload_dir=tmp_path / str(i)) for i in range(2)]
+    before = [portrait(model) for model in models]
+    together = {"a": models[0], "b": models[1]} if kind == "dict" else {"list": list, "tuple": tuple}[kind](models)
+    assert materialize_meta_tensors(together) is together
+    for model in models:
+        assert not is_dispatched(model)
+    restore_dispatch(together)
+    assert [portrait(model) for model in models] == before
+
+
+def test_an_object_that_cannot_be_hashed_is_made_whole(model):
+    @dataclass
+    class Pipe:
+        model: nn.Module
+
+    pipe = Pipe(model)
+    before = portrait(model)
+    materialize_meta_tensors(pipe)
+    assert not is_dispatched(pipe)
+    restore_dispatch(pipe)
+    assert portrait(model) == before
+    with pytest.raises(TypeError):
+        materialize_meta_tensors(object())
+
+
+def test_a_model_made_in_inference_mode_is_made_whole_and_restored(tmp_path):
+    with torch.inference_mode():
+        model = Tied().eval()
+        output = model(IDS)
+        dispatch_model(model, {"embed": "cpu", "mid": "disk", "head": "disk"}, offload_dir=tmp_path)
+        materialize_meta_tensors(model)
+        assert model.embed.weight is model.head.weight
+        restore_dispatch(model)
+        assert torch.allclose(model(IDS), output, atol=1e-6)
 
 
 def test_check_round_is_whole_after_a_restore(model):

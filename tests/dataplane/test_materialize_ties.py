@@ -13,7 +13,9 @@ from modelcache.errors import MaterializeError
 @pytest.mark.parametrize("forwards", [0, 2])
 @pytest.mark.parametrize("main_device", ["cpu", ACCELERATOR], ids=["main cpu", "main accelerator"])
 @pytest.mark.parametrize(
-    "places", [("cpu", "disk"), ("disk", "cpu"), ("disk", "disk"), ("cpu", "cpu")], ids="embed {0[0]} head {0[1]}".format
+    "places",
+    [("cpu", "disk"), ("disk", "cpu"), ("disk", "disk"), ("cpu", "cpu")],
+    ids="embed {0[0]} head {0[1]}".format,
 )
 def test_a_tie_is_one_tensor_again_wherever_its_halves_went(tmp_path, places, main_device, forwards):
     model = Tied().eval()
