@@ -213,10 +213,11 @@ def _ask(unit: Unit, kept: state.KeptElsewhere) -> torch.Tensor:
     except Exception as error:
         # The mapping is somebody's code and may raise anything; the model must hear which tensor it was about.
         raise MaterializeError((unit.name,), f"the weights mapping of its hook failed with {error!r}") from error
-    fits = isinstance(value, torch.Tensor) and (value.shape == unit.tensor.shape or is_packed(unit.tensor))
-    if not fits or value.is_meta:
-        found = f"a tensor {tuple(value.shape)} on {value.device}" if isinstance(value, torch.Tensor) else repr(value)
-        raise MaterializeError((unit.name,), f"the weights mapping of its hook gave {found[:80]}")
+    if not isinstance(value, torch.Tensor):
+        raise MaterializeError((unit.name,), f"the weights mapping of its hook gave {value!r:.80}, not a tensor")
+    if value.is_meta or (value.shape != unit.tensor.shape and not is_packed(unit.tensor)):
+        found = f"a tensor {tuple(value.shape)} on {value.device}"
+        raise MaterializeError((unit.name,), f"the weights mapping of its hook gave {found}")
     # It may be a view of anything; what the model gets is its own.
     return value if is_wrapper(value) else value.detach().to(dtype=unit.tensor.dtype, copy=True)
 
