@@ -48,8 +48,8 @@ class ModelCache:
     """An LRU cache for whole PyTorch models: GPU memory over RAM over disk.
 
     What is not given has the value of its environment variable, such as ``MODELCACHE_BUDGETS__VRAM``, or else its
-    default. Use it as a context manager, or `close` it. All methods may be called from any thread; those that take a model's
-    name raise `UnknownModelError` for one that is not registered, and `CacheClosedError` after `close`.
+    default. Use it as a context manager, or `close` it. All methods may be called from any thread; those that take a
+    model's name raise `UnknownModelError` for one that is not registered, and `CacheClosedError` after `close`.
 
     Args:
         vram: Budget of the device: ``"20GiB"``, ``"80%"`` (of its memory less what others hold), ``"auto"`` (80 %, the
@@ -57,7 +57,8 @@ class ModelCache:
         ram: Budget of RAM, likewise; ``"auto"`` is half. A percentage is of the machine or the container.
         page_locked: How much of `ram` may be page-locked, for asynchronous copies.
         disk: Budget of image files, for models whose loader cannot be called again; none by default.
-        device: ``"auto"`` (the default: the first CUDA device, else RAM), ``"cuda:0"``, ``"simulated"``, ``"host_only"``, or a device object of `modelcache.testing`.
+        device: ``"auto"`` (the default: the first CUDA device, else RAM), ``"cuda:0"``, ``"simulated"``,
+            ``"host_only"``, or a device object of `modelcache.testing`.
         policy: Which copies go first: ``"lru"`` or ``"cost"``.
         when_full: ``"wait"`` for a lease to be returned, or ``"reject"`` with `BudgetExhaustedError`.
         idle: Park a model after this long without a lease, such as ``"10m"``; a model's own `idle` wins.

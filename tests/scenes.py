@@ -29,6 +29,8 @@ class Scene(World):
     """Callers come and go as told; loads and moves stand still until `settle` or `step` lets them end."""
 
     def __init__(self, budgets: Budgets, *models: tuple[ModelSpec, LoadedFacts], policy: object = None) -> None:
+        #: Somebody takes a lease of this model right before its gate is closed, once.
+        self.slips_in: str | None = None
         super().__init__(budgets, {model[0].name: model for model in models}, [], policy=policy)
 
     # --- callers ---
@@ -87,6 +89,9 @@ class Scene(World):
 
     def gates_answer(self) -> None:
         while self.todo:
+            if self.slips_in == self.todo[0].name and self._is_open(self.slips_in):
+                self.hit(self.slips_in)
+                self.slips_in = None
             self.do_gate()
         self.check()
 

@@ -10,9 +10,15 @@ from modelcache.progress import QUIET_S, ProgressBars, has_audience
 from modelcache.testing import FakeClock
 
 
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
 @pytest.fixture
 def screen(monkeypatch):
-    stream = io.StringIO()
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Screen()
     monkeypatch.setattr("sys.stderr", stream)
     return stream
 
@@ -80,5 +86,7 @@ def test_a_second_move_of_the_same_model_starts_its_time_again(screen):
     bars.close()
 
 
-def test_a_pipe_is_no_audience(screen):
+def test_a_terminal_is_an_audience_and_a_pipe_is_none(screen, monkeypatch):
+    assert has_audience()
+    monkeypatch.setattr("sys.stderr", io.StringIO())
     assert not has_audience()

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from modelcache.cache import ModelCache
-from modelcache.core.machine import Budgets
 from modelcache.core.ledger import Room
+from modelcache.core.machine import Budgets
 from modelcache.dataplane.mover import TorchMover
 from modelcache.runtime.threads import SystemClock, ThreadPool
 from modelcache.testing import SimulatedDevice

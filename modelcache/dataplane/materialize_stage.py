@@ -125,7 +125,7 @@ class Stager:
         yield from self._from_memory([unit for unit in self._plan.loads if isinstance(unit.found, state.KeptTensor)])
         for unit in self._plan.loads:
             if isinstance(unit.found, state.KeptElsewhere):
-                self._finish(unit, _ask(unit, unit.found))
+                self._finish(unit, _ask(unit, unit.found).to(self._target))
                 yield unit
         yield from self._from_files([unit for unit in self._plan.loads if isinstance(unit.found, FileBytes)])
         yield from self._live([unit for unit in self._plan.live if needs_move(unit, self._target)])

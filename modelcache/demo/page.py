@@ -108,7 +108,8 @@ def _head(title: Title, workload: Workload, sizes: Mapping[str, int], budgets: B
         for i, name in enumerate(workload.names)
     )
     return (
-        f'<h1>modelcache demo{escape(title.mark)}</h1><p class="dim">{escape(title.weights)}; {escape(title.device)}</p>'
+        f"<h1>modelcache demo{escape(title.mark)}</h1>"
+        f'<p class="dim">{escape(title.weights)}; {escape(title.device)}</p>'
         f"<p>{verdict}</p>"
         f"<p>{len(workload.names)} models share {format_bytes(budgets.vram_bytes)} of VRAM and "
         f"{format_bytes(budgets.ram_bytes)} of RAM: room for the two largest up there, and for the four largest below."

@@ -308,11 +308,10 @@ def test_live_buffers_are_not_overwritten_by_stale_copies(tmp_path):
 
 def test_gradients_of_parameters_that_stayed_are_kept(tmp_path):
     model = Tiny()
-    model(X).sum().backward()
-    gradient = model.linear2.weight.grad.clone()
+    model.linear2.weight.grad = gradient = torch.randn(5, 4)
     dispatch_model(model, {"linear1": "disk", "batchnorm": "cpu", "linear2": "cpu"}, offload_dir=tmp_path)
     materialize_meta_tensors(model)
-    assert torch.equal(model.linear2.weight.grad, gradient)
+    assert model.linear2.weight.grad is gradient
 
 
 def test_weights_left_in_place_by_a_failed_forward_are_kept(tmp_path):
@@ -391,7 +390,7 @@ def test_what_the_caller_has_set_does_not_leak_into_the_weights(tmp_path, where)
             materialize_meta_tensors(model)
     assert_whole(model, expected)
     assert not any(tensor.is_inference() for tensor in model.parameters())
-    model(X).sum().backward()
+    assert model(X).requires_grad
 
 
 def test_a_plain_model_is_left_alone():

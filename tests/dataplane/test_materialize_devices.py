@@ -1,10 +1,12 @@
 """Models split over an accelerator, RAM and disk, made whole in RAM or on the accelerator."""
 
+from collections import UserDict
 from contextlib import closing
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate.hooks import attach_align_device_hook
 from dispatched import IDS, REFUSES, Tied, Tiny, X, assert_same, assert_stuck, assert_whole, portrait, state, tensors
 from torch import nn
 
@@ -129,8 +131,8 @@ def test_views_of_one_memory_move_together(sim):
 
 def test_gradients_move_with_their_parameters(tmp_path, sim):
     model = Tiny()
-    model(X).sum().backward()
-    gradient = model.linear2.weight.grad.clone()
+    gradient = torch.randn(5, 4)
+    model.linear2.weight.grad = gradient.clone()
     materialize_meta_tensors(model, "sim:0")
     assert model.linear2.weight.grad.device == torch.device("sim:0")
     materialize_meta_tensors(model)
@@ -189,3 +191,15 @@ def test_weights_shared_with_the_dispatch_are_copied_to_the_accelerator(sim):
     assert devices(model) == {"sim:0"}
     model.cpu()
     assert_same(model.state_dict(), expected)
+
+
+def test_weights_of_a_foreign_mapping_and_of_a_folder_arrive_on_the_accelerator(tmp_path, sim):
+    model, folder = Tiny().eval(), Tiny().eval()
+    expected = state(model)
+    attach_align_device_hook(model, execution_device="sim:0", offload=True, weights_map=UserDict(state(model)))
+    disk_offload(folder, tmp_path, "sim:0")
+    for one in (model, folder):
+        materialize_meta_tensors(one, "sim:0")
+        assert devices(one) == {"sim:0"}
+        one.cpu()
+        assert_whole(one, expected)
