@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from modelcache import ModelCache, __version__
+from modelcache import ModelCache, MoveKind, __version__
 
 ROUNDS, CALLS = 9, 5_000
 NUM_MANY = 100_000
@@ -37,6 +37,7 @@ class Figure:
     limit: str
     holds: bool
     spread: str
+    rounds: tuple[float, ...] = ()
 
 
 class Identity(torch.nn.Module):
@@ -111,6 +112,7 @@ def hits(cache: ModelCache) -> list[Figure]:
                 f"<= {limit:.0f} us",
                 ours <= limit,
                 f"{spread(found)} us",
+                tuple(found),
             )
         )
     return figures
@@ -121,6 +123,8 @@ def many(cache: ModelCache) -> list[Figure]:
         with cache.lease_many("model"):
             pass
 
+    for number in range(9):
+        cache.register(f"one-of-ten-{number}", Identity)
     (few,) = timed(bare)
     began = time.perf_counter()
     for number in range(NUM_MANY):
@@ -134,11 +138,12 @@ def many(cache: ModelCache) -> list[Figure]:
         Figure(
             "hit at 100,000 models",
             f"{ours:.2f} us",
-            f"{theirs:.2f} us (hit with one model)",
+            f"{theirs:.2f} us (hit at ten models)",
             f"{ours / theirs:.2f}",
             "<= 3 x",
             ours <= 3 * theirs,
             f"{spread(lots)} us",
+            tuple(lots),
         ),
     ]
 
@@ -149,21 +154,29 @@ def imports() -> list[Figure]:
         subprocess.run([sys.executable, "-c", code], check=True)
         return (time.perf_counter() - began) * 1e3
 
-    check = "import modelcache, sys; assert 'torch' not in sys.modules"
-    empty = [run("pass") for _ in range(5)]
-    found = [run(check) for _ in range(5)]
-    ours = statistics.median(found) - statistics.median(empty)
-    return [
-        Figure(
-            "import modelcache, no torch",
-            f"{ours:.0f} ms",
-            f"{statistics.median(empty):.0f} ms (empty interpreter)",
-            "-",
-            "< 150 ms",
-            ours < 150,
-            f"{min(found):.0f} to {max(found):.0f} ms with the interpreter",
+    figures = []
+    for statement in ("import modelcache", "from modelcache import ModelCache"):
+        check = f"{statement}; import sys; assert 'torch' not in sys.modules"
+        empty, whole = [], []
+        for _ in range(7):
+            empty.append(run("pass"))
+            whole.append(run(check))
+        reference = statistics.median(empty)
+        found = [each - reference for each in whole]
+        ours = statistics.median(found)
+        figures.append(
+            Figure(
+                f"{statement}, no torch",
+                f"{ours:.0f} ms",
+                f"{reference:.0f} ms (empty interpreter)",
+                "-",
+                "< 150 ms",
+                ours < 150,
+                f"{spread(found)} ms",
+                tuple(found),
+            )
         )
-    ]
+    return figures
 
 
 def switches() -> list[Figure]:
@@ -192,6 +205,7 @@ def switches() -> list[Figure]:
             began = time.perf_counter()
             cache.get(name)
             found.append((time.perf_counter() - began) * 1e3)
+        looked = [event.seconds * 1e3 for event in cache.events() if event.kind is MoveKind.TRIM]
     found = found[2:]
     ours, reference = statistics.median(found), statistics.median(flat)
     return [
@@ -203,7 +217,18 @@ def switches() -> list[Figure]:
             "shown",
             True,
             f"{spread(found)} ms",
-        )
+            tuple(found),
+        ),
+        Figure(
+            "of which giving up the other's clean copy: the look for writes",
+            f"{statistics.median(looked):.1f} ms",
+            "-",
+            "-",
+            "shown",
+            True,
+            f"{spread(looked)} ms",
+            tuple(looked),
+        ),
     ]
 
 
@@ -211,6 +236,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", metavar="NAME", help="write benchmarks/results/NAME.md")
     options = parser.parse_args()
+    began_load = os.getloadavg()[0]
     torch.set_grad_enabled(False)
     with ModelCache(ram="64MiB", device="host_only", progress=False) as cache:
         cache.register("model", Identity)
@@ -223,9 +249,14 @@ def main() -> int:
     if options.write:
         machine = (
             f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}, torch "
-            f"{torch.__version__}, modelcache {__version__}, {time.strftime('%Y-%m-%d')}"
+            f"{torch.__version__}, modelcache {__version__}, {time.strftime('%Y-%m-%d')}; "
+            f"load average {began_load:.1f} before the run"
         )
-        text = f"# {options.write}\n\n`python benchmarks/run.py` on {machine}.\n\n" + "\n".join(lines) + "\n"
+        text = (
+            f"# {options.write}\n\n`python benchmarks/run.py --write {options.write}` on {machine}.\n\n"
+            + "\n".join(lines)
+            + "\n"
+        )
         Path(__file__).with_name("results").joinpath(f"{options.write}.md").write_text(text, encoding="utf-8")
     return 0 if all(figure.holds for figure in figures) else 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import pytest
 
@@ -16,18 +17,23 @@ class Screen(io.StringIO):
 
 
 @pytest.fixture
-def screen(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    stream = Screen()
-    monkeypatch.setattr("sys.stderr", stream)
-    return stream
+def show(monkeypatch):
+    """Puts a terminal in the place of standard error; called by the test, because fixtures see another capture."""
+
+    def put(stream=None):
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setattr("sys.stderr", stream or Screen())
+        return sys.stderr
+
+    return put
 
 
 def bars_of(clock, *, watched=True):
     return ProgressBars(clock.now_s, lambda: watched)
 
 
-def test_what_is_short_shows_nothing(screen):
+def test_what_is_short_shows_nothing(show):
+    screen = show()
     clock = FakeClock()
     bars = bars_of(clock)
     for done in range(0, 101, 10):
@@ -37,7 +43,8 @@ def test_what_is_short_shows_nothing(screen):
     assert screen.getvalue() == ""
 
 
-def test_what_lasts_shows_a_bar_that_goes_away_with_the_last_byte(screen):
+def test_what_lasts_shows_a_bar_that_goes_away_with_the_last_byte(show):
+    screen = show()
     clock = FakeClock()
     bars = bars_of(clock)
     bars("a", 0, 100)
@@ -49,7 +56,8 @@ def test_what_lasts_shows_a_bar_that_goes_away_with_the_last_byte(screen):
     assert "a" in screen.getvalue()
 
 
-def test_nobody_is_shown_anything_who_does_not_look(screen):
+def test_nobody_is_shown_anything_who_does_not_look(show):
+    screen = show()
     clock = FakeClock()
     bars = bars_of(clock, watched=False)
     bars("a", 0, 100)
@@ -59,7 +67,8 @@ def test_nobody_is_shown_anything_who_does_not_look(screen):
     assert screen.getvalue() == ""
 
 
-def test_several_bars_share_a_screen_and_closing_takes_all_away(screen):
+def test_several_bars_share_a_screen_and_closing_takes_all_away(show):
+    show()
     clock = FakeClock()
     bars = bars_of(clock)
     for name in "ab":
@@ -75,7 +84,8 @@ def test_several_bars_share_a_screen_and_closing_takes_all_away(screen):
     assert bars._bars is None
 
 
-def test_a_second_move_of_the_same_model_starts_its_time_again(screen):
+def test_a_second_move_of_the_same_model_starts_its_time_again(show):
+    show()
     clock = FakeClock()
     bars = bars_of(clock)
     bars("a", 100, 100)
@@ -86,7 +96,8 @@ def test_a_second_move_of_the_same_model_starts_its_time_again(screen):
     bars.close()
 
 
-def test_a_terminal_is_an_audience_and_a_pipe_is_none(screen, monkeypatch):
+def test_a_terminal_is_an_audience_and_a_pipe_is_none(show):
+    show()
     assert has_audience()
-    monkeypatch.setattr("sys.stderr", io.StringIO())
+    show(io.StringIO())
     assert not has_audience()

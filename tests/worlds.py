@@ -158,7 +158,7 @@ class World:
         if isinstance(instruction, CloseGate):
             gate.closed = True
             answer = GateBusy if gate.num_leases else GateClosed
-            self.todo.extendleft(reversed(self.machine.handle(answer(instruction.name), self.now_s)))
+            self.todo.extend(self.machine.handle(answer(instruction.name), self.now_s))
         elif gate is not None:
             gate.watched = True
             if not gate.num_leases:
@@ -377,7 +377,10 @@ class World:
                 for part_id in model.parts:
                     assert machine.books.parts[part_id].is_up, f"{name} is leased and not up"
                     assert machine.books.parts[part_id].flight is None, f"{name} is leased and moving"
-        assert set(self.moves) == {n for n, p in machine.books.parts.items() if p.flight and p.flight.started}
+        ordered = {each.move.part for each in self.todo if isinstance(each, StartMove)}
+        started = {n for n, p in machine.books.parts.items() if p.flight and p.flight.started}
+        assert self.moves.keys() | ordered == started
+        assert self.moves.keys().isdisjoint(ordered)
 
 
 def _account_key(account: Account) -> Hashable:

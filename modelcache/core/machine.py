@@ -131,6 +131,9 @@ class Machine:
         self._out: list[Instruction] = []
         self._idle_models: dict[str, None] = {}
         self._awaited: set[str] = set()
+        #: Gates ordered closed for another cause than a plan: until each has answered, hits may still get in, and
+        #: nothing is decided that counts on its being closed.
+        self._unanswered: set[str] = set()
         self._wants = Wants(self)
 
     # --- the one mutator ------------------------------------------------------------------------------------------
@@ -138,12 +141,13 @@ class Machine:
     def handle(self, event: Event, now_s: float) -> list[Instruction]:
         """Take one event and say what must be done.
 
-        After `CloseGate`, the answer for each such gate is the next event; nothing else may come in between.
+        After `CloseGate`, the answer for each such gate is the next event; nothing else may come in between. What
+        follows from an answer is carried out behind what was ordered before it.
         """
         self.now_s = now_s
         self._take(event)
         # A registration serves nobody: with very many, looking at every ticket for each would be felt.
-        if self.closing is None and not isinstance(event, Registered):
+        if self.closing is None and not self._unanswered and not isinstance(event, Registered):
             self._advance()
         out, self._out = self._out, []
         # The caller carries out the grants before it says or asks anything more.
@@ -354,8 +358,9 @@ class Machine:
 
     def _gate_answered(self, name: str, *, is_busy: bool) -> None:
         closing = self.closing
+        self._unanswered.discard(name)
         if closing is None or name not in closing.pending:
-            return  # A gate that was closed for another cause than a plan: nothing waits for its answer.
+            return  # A gate that was closed for another cause than a plan: its leases are read where they matter.
         closing.pending.discard(name)
         closing.is_busy |= is_busy
         if closing.pending:
@@ -408,6 +413,8 @@ class Machine:
                 continue
             if model.gate_is_open != (is_open := self._may_open(model)):
                 model.gate_is_open = is_open
+                if not is_open:
+                    self._unanswered.add(name)
                 self.emit(OpenGate(name, model.limit) if is_open else CloseGate(name))
             if model.gate_is_watched != (name in watched):
                 model.gate_is_watched = name in watched
@@ -608,6 +615,7 @@ class Machine:
         twin.loading_unsized, twin.loading_names = self.loading_unsized, dict(self.loading_names)
         twin.now_s, twin._next_own_ticket = self.now_s, self._next_own_ticket
         twin._idle_models, twin._awaited = dict(self._idle_models), set(self._awaited)
+        twin._unanswered = set(self._unanswered)
         return twin
 
     # --- checks -------------------------------------------------------------------------------------------------------

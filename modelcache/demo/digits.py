@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 _TEST_EVERY = 5
-_NUM_EPOCHS = 8
+_NUM_EPOCHS = 5
 _BATCH = 64
 
 
@@ -79,7 +79,7 @@ def train(folder: Path, seed: int) -> Digits:
 
 
 def _fit(net: DigitsNet, images: torch.Tensor, labels: torch.Tensor) -> None:
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     net.train()
     for _ in range(_NUM_EPOCHS):
         for batch in torch.split(torch.randperm(len(labels)), _BATCH):

@@ -20,7 +20,7 @@ _STYLE = """
 --good:#4cc38a;--bad:#ff7a70}}
 body{background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:1180px;
 padding:28px 20px 60px}
-h1{font-size:24px;margin:0 0 4px}h2{font-size:18px;margin:36px 0 8px}p{margin:6px 0;max-width:75ch}
+h1{font-size:24px;margin:0 0 4px}h2{font-size:18px;margin:36px 0 8px}p{margin:6px 0;max-width:110ch}
 .dim{color:var(--dim)}code,pre{font:13px/1.45 ui-monospace,monospace}
 pre{background:var(--soft);border:1px solid var(--line);border-radius:6px;padding:8px 12px;margin:6px 0;
 white-space:pre-wrap;overflow-wrap:anywhere}
@@ -125,8 +125,8 @@ def _rescue(rescued: Rescue, title: Title) -> str:
         _heading("A model that accelerate had split", title)
         + f"<p>{rescued.num_meta} of its tensors were on the meta device, their data on disk. Moving it failed:</p>"
         f'<pre>model.to("cpu")  {escape(rescued.to_error)}</pre><pre>model.cpu()      {escape(rescued.cpu_error)}</pre>'
-        f"<p>Materialized ({format_bytes(rescued.size_bytes)} in {format_seconds(rescued.seconds)}) it moves, "
-        f"parks and comes back:</p><table><tbody>{rows}</tbody></table>"
+        f"<p>Materialized, it moves, parks and comes back ({format_bytes(rescued.size_bytes)}; all of this took "
+        f"{format_seconds(rescued.seconds)}):</p><table><tbody>{rows}</tbody></table>"
     )
 
 

@@ -133,6 +133,8 @@ def _sizes(stats: CacheStats) -> list[int]:
 def _legend(stats: CacheStats) -> Text:
     legend = Text()
     for i, model in enumerate(stats.models):
-        legend.append("■ ", terminal_colour(i))
-        legend.append(f"{model.name}  ", "bold" if model.num_leases else "")
+        # Joined by a space that no line breaks at.
+        legend.append("■\N{NO-BREAK SPACE}", terminal_colour(i))
+        legend.append(model.name, "bold" if model.num_leases else "")
+        legend.append("  ")
     return legend

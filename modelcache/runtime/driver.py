@@ -450,7 +450,8 @@ class Driver:
                 gate = self.gates[instruction.name]
                 gate.close()
                 answer = GateBusy(instruction.name) if gate.num_leases else GateClosed(instruction.name)
-                todo.extendleft(reversed(self._machine.handle(answer, now_s)))
+                # Behind what was ordered earlier: a gate ordered open and then closed must end up closed.
+                todo.extend(self._machine.handle(answer, now_s))
             else:
                 self._order(instruction, now_s)
 

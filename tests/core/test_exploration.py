@@ -7,6 +7,7 @@ from collections import deque
 import pytest
 from worlds import World, part, spec
 
+from modelcache.core import wants
 from modelcache.core.machine import Budgets
 from modelcache.core.messages import WantBudget, WantCopy, WantDown, WantGone, WantLease, WantRoom
 from modelcache.move import LoadedFacts
@@ -170,3 +171,11 @@ def test_every_reachable_state_keeps_every_promise(name: str, record_property) -
     print(f"\n{name}: {num_states:,} states")
     record_property("states", num_states)
     assert num_states > 100
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("name", ["several at once", "operators interfere", "room and budgets", "one lease at a time"])
+def test_the_same_holds_where_models_are_kept_for_whoever_was_overtaken_once(name: str, monkeypatch) -> None:
+    # As it ships, a model is kept only after many hits: more than a small world can have.
+    monkeypatch.setattr(wants, "MAX_OVERTAKEN", 1)
+    assert explore(WORLDS[name]()) > 100

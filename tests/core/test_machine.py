@@ -745,3 +745,22 @@ def test_a_want_for_leases_keeps_what_it_names():
     scene.settle()
     assert got(both)
     assert isinstance(both.wants[0], WantLease)
+
+
+def test_what_is_kept_for_a_later_ticket_is_free_to_an_earlier_one():
+    scene = Scene(Budgets(ram=20, vram=4), model("a", 2), model("c", 4))
+    holder = scene.get("a")
+    waiting = scene.lease("c")
+    scene.settle()
+    while scene._is_open("a"):
+        other = scene.hit("a")
+        scene.leave(holder)
+        holder = other
+        scene.settle()
+    assert scene.machine.bars == {"a": waiting.ticket}
+    barred = {}
+    for ticket in (waiting.ticket - 1, waiting.ticket, waiting.ticket + 1):
+        each = scene.machine.waiting[waiting.ticket].copy()
+        each.ticket = ticket
+        barred[ticket - waiting.ticket] = scene.machine.is_barred("a", each)
+    assert barred == {-1: False, 0: False, 1: True}

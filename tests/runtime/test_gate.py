@@ -206,6 +206,7 @@ def test_the_enumeration_tries_every_order():
     assert len(list(schedules((opening, opening, opening), Memory()))) == 6
 
 
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("limit", [0, 1])
 def test_a_gate_seen_idle_by_its_closer_lets_nobody_in(limit: int):
     num_schedules = 0
