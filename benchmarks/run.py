@@ -119,19 +119,26 @@ def hits(cache: ModelCache) -> list[Figure]:
 
 
 def many(cache: ModelCache) -> list[Figure]:
-    def bare() -> None:
-        with cache.lease_many("model"):
-            pass
-
+    """A cache of ten models next to one of 100,000, their rounds interleaved."""
     for number in range(9):
-        cache.register(f"one-of-ten-{number}", Identity)
-    (few,) = timed(bare)
-    began = time.perf_counter()
-    for number in range(NUM_MANY):
         cache.register(f"m{number}", Identity)
-    each_us = (time.perf_counter() - began) / NUM_MANY * 1e6
-    cache.free(ram=1024)  # Answered after every registration before it was taken note of.
-    (lots,) = timed(bare)
+    with ModelCache(ram="64MiB", device="host_only", progress=False) as full:
+        full.register("model", Identity)
+        began = time.perf_counter()
+        for number in range(NUM_MANY):
+            full.register(f"m{number}", Identity)
+        each_us = (time.perf_counter() - began) / NUM_MANY * 1e6
+        full.get("model")  # Answered after every registration before it was taken note of.
+
+        def among_ten() -> None:
+            with cache.lease_many("model"):
+                pass
+
+        def among_many() -> None:
+            with full.lease_many("model"):
+                pass
+
+        few, lots = timed(among_ten, among_many)
     ours, theirs = statistics.median(lots), statistics.median(few)
     return [
         Figure("register, each of 100,000", f"{each_us:.1f} us", "-", "-", "<= 50 us", each_us <= 50, "one run"),
@@ -155,7 +162,7 @@ def imports() -> list[Figure]:
         return (time.perf_counter() - began) * 1e3
 
     figures = []
-    for statement in ("import modelcache", "from modelcache import ModelCache"):
+    for statement, limit_ms in (("import modelcache", 150), ("from modelcache import ModelCache", None)):
         check = f"{statement}; import sys; assert 'torch' not in sys.modules"
         empty, whole = [], []
         for _ in range(7):
@@ -170,8 +177,8 @@ def imports() -> list[Figure]:
                 f"{ours:.0f} ms",
                 f"{reference:.0f} ms (empty interpreter)",
                 "-",
-                "< 150 ms",
-                ours < 150,
+                "shown" if limit_ms is None else f"< {limit_ms} ms",
+                limit_ms is None or ours < limit_ms,
                 f"{spread(found)} ms",
                 tuple(found),
             )
@@ -257,6 +264,8 @@ def main() -> int:
             + "\n".join(lines)
             + "\n"
         )
+        rounds = [f"- {f.what}: {', '.join(f'{each:.2f}' for each in f.rounds)}" for f in figures if f.rounds]
+        text += "\nEvery round, in the unit of its row:\n\n" + "\n".join(rounds) + "\n"
         Path(__file__).with_name("results").joinpath(f"{options.write}.md").write_text(text, encoding="utf-8")
     return 0 if all(figure.holds for figure in figures) else 1
 

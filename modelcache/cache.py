@@ -12,6 +12,7 @@ from os import PathLike
 from types import TracebackType
 from typing import Any, TypeVar
 
+from modelcache.core.cycles import name_of
 from modelcache.core.explain import Forecast, explain, forecast
 from modelcache.core.messages import (
     Done,
@@ -26,11 +27,12 @@ from modelcache.core.messages import (
 )
 from modelcache.display import as_html, as_text, one_line
 from modelcache.door import Entry, FrontDoor
+from modelcache.errors import LeaseError
 from modelcache.futures import MoveFuture
 from modelcache.handle import ModelHandle
 from modelcache.lease import FirstUseLease, Lease, Leases, current_holder
 from modelcache.registry import Registry, build_spec
-from modelcache.runtime.driver import Driver, name_of
+from modelcache.runtime.driver import Driver
 from modelcache.runtime.herald import Subscriber
 from modelcache.snapshots import cache_stats, model_stats
 from modelcache.spec import ModelSpec
@@ -181,6 +183,8 @@ class ModelCache:
     def unregister(self, name: str) -> None:
         """Forget a model and everything it holds; a leased one when its last lease is returned."""
         entry = self._door.entry(name)
+        if self._driver.is_loading_here(threading.get_ident()) == name:
+            raise LeaseError(f"the loader of {name!r} cannot unregister it; do that after its load")
         self._registry.remove(name)
         del self._door.entries[name]
         future = self._post(WantGone(name, current_holder()), None)
@@ -237,14 +241,14 @@ class ModelCache:
         `BudgetExhaustedError` when leases leave no room.
         """
         self._door.entry(name)
-        return self._post(WantCopy(name, tier), None)
+        return self._post(WantCopy(name, Tier(tier)), None)
 
     # --- explicit moves -------------------------------------------------------------------------------------------
 
     def pin(self, name: str, tier: Tier = Tier.VRAM) -> None:
         """Hold a model on `tier` against eviction, from when it gets there. It moves nothing: see `prefetch`."""
         self._door.entry(name)
-        self._driver.tell(Pinned(name, tier))
+        self._driver.tell(Pinned(name, Tier(tier)))
 
     def unpin(self, name: str) -> None:
         """Lift the hold."""
@@ -257,7 +261,7 @@ class ModelCache:
 
     def evict(self, name: str, *, to: Tier = Tier.DISK, timeout: float | None = None) -> Freed:
         """Give up a model's copies above `to`, once its leases are returned; what no file holds is written to one."""
-        return self._down(name, to, timeout)
+        return self._down(name, Tier(to), timeout)
 
     def _down(self, name: str, tier: Tier, timeout: float | None) -> Freed:
         self._door.entry(name)
@@ -435,7 +439,7 @@ class AsyncGet(Awaitable[ModelHandle]):
         self._door = door
         self._name = name
         self._timeout_s = timeout_s
-        self._lease: Lease | None = None
+        self._leases: list[Lease] = []
 
     def __await__(self) -> Generator[Any, Any, ModelHandle]:
         return self._handle().__await__()
@@ -446,14 +450,14 @@ class AsyncGet(Awaitable[ModelHandle]):
         return ModelHandle(self._name, self._door, first)
 
     async def __aenter__(self) -> Any:
-        (self._lease,) = await self._door.alease((self._name,), self._timeout_s, Lease)
-        return self._lease.model
+        (lease,) = await self._door.alease((self._name,), self._timeout_s, Lease)
+        self._leases.append(lease)
+        return lease.model
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._lease is not None:
-            self._lease.close()
+        self._leases.pop().close()
 
 
 def _sizes(vram: int | str | None, ram: int | str | None) -> list[tuple[Tier, int]]:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 import wrapt
 
 from modelcache.carrying import settle
-from modelcache.errors import ModelCacheError
+from modelcache.errors import LeaseClosedError, ModelCacheError
 from modelcache.lease import FirstUseLease, Lease, current_holder, running_loop
 from modelcache.placement import PLACERS, check_placement, move_inputs
 
@@ -116,7 +116,7 @@ class ModelHandle(wrapt.ObjectProxy):  # type: ignore[misc]
             self._self_first = None
             lease = first.take_over(current_holder())
             if lease is not None:
-                return lease
+                return self._self_same(lease)
         name, door = self._self_name, self._self_door
         if running_loop() is not None and not self._self_has_warned and not door.is_ready(name):
             self._self_has_warned = True
@@ -126,7 +126,14 @@ class ModelHandle(wrapt.ObjectProxy):  # type: ignore[misc]
                 RuntimeWarning,
                 stacklevel=4,
             )
-        return door.acquire(name)
+        return self._self_same(door.acquire(name))
+
+    def _self_same(self, lease: Lease) -> Lease:
+        """The lease itself, if it is on the object that this handle stands for."""
+        if lease.model is self.__wrapped__:
+            return lease
+        lease.close()
+        raise LeaseClosedError(self._self_name)
 
     # --- attributes ---------------------------------------------------------------------------------------------------
 

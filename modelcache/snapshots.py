@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from modelcache.core.cycles import name_of
 from modelcache.core.machine import Machine
 from modelcache.core.records import Loading, Model
-from modelcache.runtime.driver import name_of
 from modelcache.stats import CacheStats, Counters, ModelStats, TierStats
 from modelcache.tier import Tier
 

@@ -20,6 +20,7 @@ from modelcache.core.messages import (
     DropImage,
     Event,
     Forget,
+    Forgotten,
     GateBusy,
     GateClosed,
     Grant,
@@ -37,6 +38,7 @@ from modelcache.core.messages import (
     RoomReturned,
     StartLoad,
     StartMove,
+    Unload,
     UnwatchGate,
     Want,
     WantDown,
@@ -118,6 +120,8 @@ class World:
         self.failures, self.cancels, self.writes = failures, cancels, writes
         self.loads: dict[str, int] = {}
         self.moves: dict[str, Move] = {}
+        #: What the data plane is letting go of; for a load that ends so, how it ends.
+        self.going: dict[str, tuple[int, Exception] | None] = {}
         self.todo: deque[Instruction] = deque()
         self.notices: tuple[str, ...] = ()
         self.tickets = self.ticks = 0
@@ -133,7 +137,7 @@ class World:
         twin.machine = self.machine.copy(twin.gates)
         twin.callers = [caller.copy() for caller in self.callers]
         twin.failures, twin.cancels, twin.writes = self.failures, self.cancels, self.writes
-        twin.loads, twin.moves = dict(self.loads), dict(self.moves)
+        twin.loads, twin.moves, twin.going = dict(self.loads), dict(self.moves), dict(self.going)
         twin.todo = deque(self.todo)
         twin.notices = self.notices
         twin.tickets, twin.ticks, twin.now_s = self.tickets, self.ticks, self.now_s
@@ -196,6 +200,9 @@ class World:
                 caller.ticket, caller.answer = 0, instruction
             case Forget(name):
                 assert not self.gates[name].num_leases
+                self.going[name] = None
+            case Unload(name, generation, error):
+                self.going[name] = (generation, error)
             case DropImage():
                 pass
 
@@ -240,6 +247,8 @@ class World:
             yield "load", name
             if self.failures:
                 yield "fail load", name
+        for name in self.going:
+            yield "let go", name
         for name, move in self.moves.items():
             yield "move", name
             if self.failures:
@@ -261,6 +270,9 @@ class World:
         elif kind == "notice":
             self.notices = tuple(name for name in self.notices if name != which)
             self.tell(LeaseReturned(which))
+        elif kind == "let go":
+            how = self.going.pop(which)
+            self.tell(Forgotten(which) if how is None else LoadFailed(which, *how))
         elif kind == "load":
             self.tell(LoadDone(which, self.loads.pop(which), self.models[which][1]))
         elif kind == "fail load":
@@ -333,6 +345,7 @@ class World:
             tuple((c.at, owner.get(c.ticket, -1), c.holds, bool(c.room), c.gave_up) for c in self.callers),
             (self.failures, self.cancels, self.writes),
             tuple(sorted(self.loads)),
+            tuple(sorted(self.going)),
             tuple(self.todo),
             tuple(sorted(set(self.notices))),
             repr(machine.closing and (sorted(machine.closing.pending), machine.closing.is_busy, machine.closing.plan)),

@@ -6,6 +6,7 @@ own; repeated until nothing changes. Who is left waits for ever.
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 from modelcache.core.messages import WantLease
@@ -66,4 +67,12 @@ def _in_words(machine: Machine, waiting: Waiting) -> str:
     assert isinstance(want, WantLease)
     held = [name for name in machine.books.models if want.holder in machine.gates[name].holders()]
     holds = " and ".join(repr(name) for name in held) or "nothing"
-    return f"{want.holder} holds {holds} and waits for {' + '.join(repr(name) for name in want.names)}"
+    return f"{name_of(want.holder)} holds {holds} and waits for {' + '.join(repr(name) for name in want.names)}"
+
+
+def name_of(holder: object) -> str:
+    """A holder for people: the name of a thread or task."""
+    target = holder() if isinstance(holder, weakref.ref) else holder
+    if hasattr(target, "get_name"):
+        return str(target.get_name())
+    return str(getattr(target, "name", "a first use" if target is None else target))

@@ -17,8 +17,10 @@ from modelcache.core.messages import (
     Asked,
     CloseGate,
     Closing,
+    Done,
     Event,
     Forget,
+    Forgotten,
     GateBusy,
     GateClosed,
     Grant,
@@ -55,6 +57,8 @@ from modelcache.errors import (
     DeviceMemoryError,
     DevicePoisonedError,
     InvalidTransitionError,
+    LeaseError,
+    ModelTooLargeError,
     QueueFullError,
     UnknownModelError,
 )
@@ -130,6 +134,7 @@ class Machine:
         self._next_own_ticket = -1
         self._out: list[Instruction] = []
         self._idle_models: dict[str, None] = {}
+        self.forgetting: set[str] = set()
         self._awaited: set[str] = set()
         #: Gates ordered closed for another cause than a plan: until each has answered, hits may still get in, and
         #: nothing is decided that counts on its being closed.
@@ -188,6 +193,8 @@ class Machine:
             case MoveFailed(name, generation, error):
                 if (part := self._moving(name, generation)) is not None:
                     self._failed(part, error)
+            case Forgotten(name):
+                self._forgotten(name)
             case Tick():
                 self._look_for_idle()
             case Closing():
@@ -470,6 +477,10 @@ class Machine:
     def _load_failed(self, model: Model, error: Exception) -> None:
         model.loading = Loading.FAILED
         model.error = error
+        if isinstance(error, ModelTooLargeError):
+            # The loader did its part; its model is too large for now, which the next request is told before a load.
+            self.refuse_all(model.spec.name, error)
+            return
         model.failures += 1
         over = model.failures - FAILURES_BEFORE_BACKOFF
         model.retry_at_s = self.now_s + min(MAX_BACKOFF_S, 2.0**over) if over >= 0 else self.now_s
@@ -499,13 +510,19 @@ class Machine:
         flight = self.flights.turned_back(part, self._make_room)
         self._settle_part(part)
         is_drop = flight.move.kind in (MoveKind.EVICT, MoveKind.SHED) and not flight.move.write_image
+        refusal = None
         if not (is_drop and part.rereadable):
             part.kept_tick = self.planner.tick_of(part)
+            name = next(iter(part.models), part.facts.part)
+            refusal = LeaseError(
+                f"{name!r} was written to and is not given up (on_write, or no file to keep the writes in); undo the "
+                "writes, register it with on_write='writeback' or 'discard', or set budgets.disk"
+            )
         else:
             # Its source no longer describes it: from now on it is spilled, not dropped.
             part.source_stale = True
             self.flights.drop_image(part)
-        self._wants.giving_failed(flight.ticket, part, None)
+        self._wants.giving_failed(flight.ticket, part, refusal)
 
     def _failed(self, part: Part, error: Exception) -> None:
         flight = self.flights.turned_back(part, self._make_room)
@@ -578,16 +595,28 @@ class Machine:
         for waiting in list(self.waiting.values()):
             self.refuse(waiting, CacheClosedError())
 
-    def forget(self, model: Model) -> None:
-        """Drop every record of a model whose bytes are gone."""
-        name = model.spec.name
+    def leave_parts(self, model: Model) -> None:
+        """Drop the parts of a model that nobody else holds; their bytes are gone, or still the loader's."""
         for part_id in model.parts:
             part = self.books.parts[part_id]
-            part.models.remove(name)
+            part.models.remove(model.spec.name)
             if not part.models:
                 self.flights.drop_image(part)
                 del self.books.parts[part_id]
                 self.books.resident.pop(part_id, None)
+        model.parts = ()
+
+    def _forgotten(self, name: str) -> None:
+        self.forgetting.discard(name)
+        for waiting in list(self.waiting.values()):
+            if isinstance(waiting.want, WantGone) and waiting.want.name == name:
+                self.finish(waiting, Done(waiting.ticket, waiting.freed.vram, waiting.freed.ram))
+
+    def forget(self, model: Model) -> None:
+        """Drop every record of a model whose bytes are gone; whoever wanted that is answered when it is so."""
+        name = model.spec.name
+        self.leave_parts(model)
+        self.forgetting.add(name)
         self.flights.give_workspace(name)
         self._idle_models.pop(name, None)
         del self.books.models[name]
@@ -616,6 +645,7 @@ class Machine:
         twin.now_s, twin._next_own_ticket = self.now_s, self._next_own_ticket
         twin._idle_models, twin._awaited = dict(self._idle_models), set(self._awaited)
         twin._unanswered = set(self._unanswered)
+        twin.forgetting = set(self.forgetting)
         return twin
 
     # --- checks -------------------------------------------------------------------------------------------------------

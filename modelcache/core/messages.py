@@ -177,6 +177,13 @@ class MoveFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Forgotten:
+    """The data plane has let go of `name`: it may be registered again."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """The armed timer went off."""
 
@@ -200,6 +207,7 @@ Event = (
     | MoveDone
     | MoveKept
     | MoveFailed
+    | Forgotten
     | Tick
     | Closing
 )
@@ -260,9 +268,18 @@ class DropImage:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """Let go of a model; its leases are returned and nothing of it is in flight."""
+    """Let go of a model; its leases are returned and nothing of it is in flight. Answer `Forgotten`."""
 
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    """Let go of what a first load brought, and end that load with `error`: answer `LoadFailed`."""
+
+    name: str
+    generation: int
+    error: Exception
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +323,7 @@ Instruction = (
     | StartMove
     | DropImage
     | Forget
+    | Unload
     | Grant
     | Done
     | Refuse

@@ -10,6 +10,7 @@ from modelcache.core.cycles import deadlocked
 from modelcache.core.ledger import Room
 from modelcache.core.messages import (
     Done,
+    Unload,
     WantBudget,
     WantCopy,
     WantDown,
@@ -112,7 +113,11 @@ class Wants:
         for model in models:
             if model.loading in (Loading.UNLOADED, Loading.FAILED):
                 m.start_load(model, is_nested=inside is not None)
-        waiting.why = "its first load"
+        behind = m.loading_unsized
+        is_behind = behind is not None and behind not in names
+        waiting.why = (
+            f"the first load of {behind!r} (pass size= to load side by side)" if is_behind else "its first load"
+        )
         return all(model.loading is Loading.LOADED for model in models)
 
     def _waits_for_loader(self, names: Iterable[str], inside: str, before: int, seen: set[str]) -> bool:
@@ -157,19 +162,20 @@ class Wants:
         m.touched[name] = None
         error = self._too_large((name,))
         if error is not None:
-            self._unload(model)
-            m.refuse_all(name, error)
+            self._unload(model, error)
         else:
             m.arm_idle(model)
 
-    def _unload(self, model: Model) -> None:
-        # Its bytes are still the loader's: forgetting it frees them. Its size is known now, so that the next request
-        # is refused before anything is read.
+    def _unload(self, model: Model, error: ModelTooLargeError) -> None:
+        # Its bytes are still the loader's. Its size is known now, so that the next request is refused before anything
+        # is read. Until they are let go, the load is not over.
         m, name = self._m, model.spec.name
         known = sum(sum(m.books.parts[part].facts.ram_bytes) for part in model.parts)
-        spec = replace(model.spec, size_bytes=known)
-        m.forget(model)
-        m.books.models[name] = Model(spec, generation=model.generation)
+        model.spec = replace(model.spec, size_bytes=known)
+        m.leave_parts(model)
+        model.loading = Loading.LOADING
+        m.loading_names[name] = None
+        m.emit(Unload(name, model.generation, error))
 
     def _too_large(self, names: Iterable[str]) -> ModelTooLargeError | None:
         m = self._m
@@ -355,7 +361,7 @@ class Wants:
         """Wait until one of these models loses a lease; refuse whoever would wait for himself."""
         names = tuple(names)
         held = ", ".join(repr(name) for name in names)
-        self._block(waiting, names, f"a lease on {held} to be returned" if names else "moves in flight")
+        self._block(waiting, names, _awaited(held, bool(self._m.held)))
         if waiting.overtaken >= MAX_OVERTAKEN:
             for name in names:
                 self._m.bars.setdefault(name, waiting.ticket)
@@ -509,7 +515,8 @@ class Wants:
         m = self._m
         model = m.books.models.get(name)
         if model is None:
-            m.finish(waiting, Done(waiting.ticket))
+            if name not in m.forgetting:
+                m.finish(waiting, Done(waiting.ticket))
             return
         parts = [m.books.parts[part] for part in model.parts]
         if model.loading is Loading.LOADING or any(part.flight is not None for part in parts):
@@ -529,8 +536,14 @@ class Wants:
             gates = (name,) if model.gate_is_open else ()
             m.carry_out(waiting, Plan(Room(), givings, (name,), gates), Reason.EXPLICIT, check=False)
             return
+        waiting.why = "its bytes to be let go"
         m.forget(model)
-        m.finish(waiting, Done(waiting.ticket, waiting.freed.vram, waiting.freed.ram))
+
+
+def _awaited(held: str, is_reserved: bool) -> str:
+    if held:
+        return f"a lease on {held} to be returned"
+    return "room that reserve() holds" if is_reserved else "moves in flight"
 
 
 def _detail(weights: int, workspace: int) -> str:

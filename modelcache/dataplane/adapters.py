@@ -256,10 +256,14 @@ def _refusal_of_tensor(tensor: torch.Tensor) -> str | None:
 
 
 def _refusal_of_devices(model: object) -> str | None:
-    """A model spread over devices with nobody to say why. Scalars may be anywhere, and a dispatch explains itself."""
+    """A model spread over accelerators with nobody to say why.
+
+    Scalars may be anywhere, a dispatch explains itself, and beside what is on the CPU there may be a storage that
+    another cached model shares, which is where that model is.
+    """
     first: dict[torch.device, str] = {}
     for name, tensor in named_tensors(model).items():
-        if tensor.dim() and tensor.device.type != "meta":
+        if tensor.dim() and tensor.device.type not in ("meta", "cpu"):
             first.setdefault(tensor.device, name)
     if len(first) < 2 or any("_hf_hook" in each.__dict__ for m in modules_of(model).values() for each in m.modules()):
         return None

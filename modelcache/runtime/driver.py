@@ -9,7 +9,6 @@ from __future__ import annotations
 import heapq
 import logging
 import traceback
-import weakref
 from collections import deque
 from collections.abc import Callable
 from copy import copy
@@ -19,6 +18,7 @@ from itertools import count
 from threading import get_ident
 from typing import Any, assert_never
 
+from modelcache.core.cycles import name_of
 from modelcache.core.machine import Budgets, Machine
 from modelcache.core.messages import (
     ArmTimer,
@@ -29,6 +29,7 @@ from modelcache.core.messages import (
     DropImage,
     Event,
     Forget,
+    Forgotten,
     GateBusy,
     GateClosed,
     Grant,
@@ -47,6 +48,7 @@ from modelcache.core.messages import (
     StartLoad,
     StartMove,
     Tick,
+    Unload,
     UnwatchGate,
     Want,
     WantLease,
@@ -251,6 +253,8 @@ class Driver:
 
     def look(self, read: Callable[[Machine], Any]) -> Any:
         """Read the machine under the lock; `read` must be quick and change nothing."""
+        if self._is_forked:
+            raise ForkedCacheError
         with self._lock:
             return read(self._machine)
 
@@ -279,6 +283,8 @@ class Driver:
     def disown(self) -> None:
         """In a forked child: the threads are the parent's. Every call fails from here on, and no hit succeeds."""
         self._is_forked = True
+        # The parent's thread may have held it at the fork, and does not exist here to let it go.
+        self._lock = self._pool.lock()
         for gate in self.gates.values():
             gate.close()
 
@@ -475,6 +481,8 @@ class Driver:
             case Forget(name):
                 self.gates.pop(name, None)
                 self._files.submit(partial(self._forget, name))
+            case Unload(name, generation, error):
+                self._loads.submit(partial(self._unload, name, generation, error))
             case Grant(ticket, names):
                 self._grant(ticket, names, now_s)
             case Done(ticket):
@@ -574,6 +582,11 @@ class Driver:
 
     def _forget(self, name: str) -> None:
         self._survive(partial(self._mover.forget, name), f"forgetting {name}")
+        self._mailbox.put(Forgotten(name))
+
+    def _unload(self, name: str, generation: int, error: Exception) -> None:
+        self._survive(partial(self._mover.forget, name), f"forgetting {name}")
+        self._mailbox.put(LoadFailed(name, generation, error))
 
     def _survive(self, job: Callable[[], None], what: str) -> None:
         try:
@@ -603,11 +616,3 @@ def _caused(error: Exception, cause: BaseException) -> Exception:
     error.add_note(f"The cause, as it was raised:\n{text}")
     error.__cause__ = cause.with_traceback(None)
     return error
-
-
-def name_of(holder: object) -> str:
-    """A holder for people: the name of a thread or task."""
-    target = holder() if isinstance(holder, weakref.ref) else holder
-    if hasattr(target, "get_name"):
-        return str(target.get_name())
-    return str(getattr(target, "name", "a first use" if target is None else target))
