@@ -98,7 +98,12 @@ class Scene(World):
     def step(self) -> bool:
         """Let one load or move end well; False when nothing is left to happen."""
         self.gates_answer()
-        for kind, waiting in (("notice", self.notices), ("load", self.loads), ("move", self.moves)):
+        for kind, waiting in (
+            ("notice", self.notices),
+            ("load", self.loads),
+            ("let go", self.going),
+            ("move", self.moves),
+        ):
             for name in waiting:
                 self.do((kind, name))
                 self.gates_answer()

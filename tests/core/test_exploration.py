@@ -101,6 +101,16 @@ WORLDS = {
         ],
         failures=1,
     ),
+    "one proves too large, and grows into a budget": lambda: World(
+        Budgets(ram=6, vram=4),
+        {**three_models(2), "c": (spec("c"), facts(part("c", 3, 2)))},
+        [
+            (lease("c"), lease("a"), lease("c")),
+            (WantBudget(Tier.VRAM, 5), lease("b")),
+            (lease("c"), WantGone("c", None)),
+        ],
+        failures=1,
+    ),
     "host only": lambda: World(
         Budgets(ram=4, top=Tier.RAM),
         three_models(3, workspace_bytes=0),

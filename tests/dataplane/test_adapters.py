@@ -89,7 +89,7 @@ def test_a_torchao_tensor_is_listed_by_what_is_inside() -> None:
     assert "0.weight" not in names
 
 
-def test_a_model_spread_by_hand_is_refused_naming_both_places() -> None:
+def test_a_model_spread_over_accelerators_is_refused_naming_both() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
@@ -99,8 +99,10 @@ def test_a_model_spread_by_hand_is_refused_naming_both_places() -> None:
         model.register_buffer("scale", torch.empty((), device="cuda:0"))
         assert refusal(model) is None  # torch lets scalars be anywhere
         model[1].register_buffer("mask", torch.empty(2, device="cuda:0"))
+        assert refusal(model) is None  # what another cached model shares may be on the device, the rest on the CPU
+        model[0].register_buffer("other", torch.empty(2, device="cuda:1"))
         assert str(refusal(model)) == (
-            "its tensors are on several devices (0.weight on cpu, 1.mask on cuda:0); load all of it on the CPU, the "
+            "its tensors are on several devices (0.other on cuda:1, 1.mask on cuda:0); load all of it on the CPU, the "
             "cache moves it"
         )
 
