@@ -53,3 +53,17 @@ def _open_files() -> set[tuple[str, str]]:
         if target.startswith("/") and not target.startswith(("/dev/", "/proc/", "/sys/")):
             found.add((entry.name, target))
     return found
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """How many states of each world were visited."""
+    visited = [
+        (report.nodeid.partition("[")[2].rstrip("]"), dict(report.user_properties)["states"])
+        for report in terminalreporter.getreports("passed")
+        if "states" in dict(report.user_properties)
+    ]
+    if visited:
+        terminalreporter.section("explored states")
+        for world, num_states in visited:
+            terminalreporter.line(f"{num_states:>9,}  {world}")
+        terminalreporter.line(f"{sum(number for _, number in visited):>9,}  in all")

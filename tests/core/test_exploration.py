@@ -178,7 +178,6 @@ def _way(origin, state: int) -> list[tuple]:
 @pytest.mark.parametrize("name", WORLDS)
 def test_every_reachable_state_keeps_every_promise(name: str, record_property) -> None:
     num_states = explore(WORLDS[name]())
-    print(f"\n{name}: {num_states:,} states")
     record_property("states", num_states)
     assert num_states > 100
 
