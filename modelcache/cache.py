@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 from modelcache.core.cycles import name_of
 from modelcache.core.explain import Forecast, explain, forecast
 from modelcache.core.messages import (
-    Done,
     Pinned,
     RoomReturned,
     Want,
@@ -316,10 +315,9 @@ class ModelCache:
         if refusal is not None:
             raise refusal
         before = self._parts.measure()
-        done: Done = self._driver.ask(want, timeout)
+        self._driver.ask(want, timeout)
         self._parts.mover.release_cached()
         after = self._parts.measure()
-        del done
         return Freed(max(0, after.vram - before.vram), max(0, before.ram - after.ram))
 
     # --- looking; never a use -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -346,8 +347,7 @@ _DRIVERS: weakref.WeakSet[Driver] = weakref.WeakSet()
 
 def forked_away(driver: Driver) -> None:
     """See to it that a forked child cannot use this driver, whose threads stay with the parent."""
-    if not _DRIVERS:
-        _register_once()
+    _watch_forks()
     _DRIVERS.add(driver)
 
 
@@ -356,10 +356,7 @@ def _disown_all() -> None:
         driver.disown()
 
 
-_registered: list[bool] = []
-
-
-def _register_once() -> None:
-    if not _registered:
-        _registered.append(True)
-        os.register_at_fork(after_in_child=_disown_all)
+@cache
+def _watch_forks() -> None:
+    """Once a process: what is registered there cannot be taken back."""
+    os.register_at_fork(after_in_child=_disown_all)

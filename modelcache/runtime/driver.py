@@ -243,10 +243,6 @@ class Driver:
         if len(self._fleeting) == 1:
             self._mailbox.put(_POKE)
 
-    def poke(self) -> None:
-        """Look at the clock now."""
-        self._mailbox.put(_POKE)
-
     def is_loading_here(self, thread: int) -> str | None:
         """The model whose loader runs on this thread, if one does."""
         return self._loader_threads.get(thread)
@@ -297,11 +293,6 @@ class Driver:
     def is_sound(self) -> bool:
         """The driver's thread is alive and has met no bug of its own."""
         return self._bug is None and not self._is_over and self._thread.is_alive()
-
-    @property
-    def age_s(self) -> float:
-        """Seconds since the driver was started."""
-        return self._clock.now_s() - self._started_s
 
     def waits(self) -> tuple[float | None, float]:
         """Age of the oldest waiting request, and seconds since the last step."""
