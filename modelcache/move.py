@@ -121,6 +121,8 @@ class PartFacts:
         ram_bytes: Per segment, in RAM.
         image_bytes: Of its image file.
         readable: Its source can be read again.
+        offloaded: The dispatch that its model came with keeps it off the device. A model that does not fit whole runs
+            with it in RAM.
     """
 
     part: str
@@ -128,6 +130,7 @@ class PartFacts:
     ram_bytes: tuple[int, ...]
     image_bytes: int
     readable: bool
+    offloaded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +141,11 @@ class LoadedFacts:
         parts: In first-use order. A part that another model already brought in appears with the same id.
         concurrency: The adapter's default number of leases at a time; 0 is unlimited.
         type_name: Of the object, for people.
+        onload_bytes: What a forward brings onto the device at once while the offloaded parts stay in RAM.
     """
 
     parts: tuple[PartFacts, ...]
     concurrency: int
     type_name: str
     seconds: float = 0.0
+    onload_bytes: int = 0

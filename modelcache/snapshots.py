@@ -38,7 +38,7 @@ def model_stats(machine: Machine, *, name: str) -> ModelStats:
         sum(part.room(part.residency).vram for part in parts),
         sum(part.room(part.residency).ram for part in parts),
         sum(part.image_bytes for part in parts),
-        spec.workspace_bytes,
+        model.workspace_bytes,
         gate.num_leases,
         tuple(name_of(holder) for holder in gate.holders()),
         spec.pin,

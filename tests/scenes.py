@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from worlds import Caller, World, part, spec
 
 from modelcache.core.machine import Budgets
@@ -21,7 +23,7 @@ from modelcache.core.messages import (
     WantLease,
 )
 from modelcache.move import LoadedFacts, MoveKind, PartFacts
-from modelcache.spec import ModelSpec
+from modelcache.spec import LoaderSpec, ModelSpec
 from modelcache.tier import Tier
 
 
@@ -158,6 +160,11 @@ def error_of(caller: Caller) -> Exception:
 
 def got(caller: Caller) -> bool:
     return isinstance(caller.answer, Grant)
+
+
+def of_kind(model: tuple[ModelSpec, LoadedFacts], kind: str = "safetensors") -> tuple[ModelSpec, LoadedFacts]:
+    """The same model from a loader of the library, which dispatches nothing."""
+    return replace(model[0], loader=LoaderSpec(kind=kind)), model[1]
 
 
 def model(

@@ -203,10 +203,12 @@ def test_a_model_larger_than_a_budget_is_refused_and_nobody_is_evicted(bench):
     bench.add("a", "b")
     bench.use("a", "b")
     bench.add("huge", size=41)
-    with pytest.raises(ModelTooLargeError, match="no model was evicted"):
-        bench.cache.get("huge")
-    assert bench.states() == {"a": "ready", "b": "ready", "huge": "cold"}
-    assert bench.mover.num_calls("load", "huge") == 0
+    for _ in range(2):
+        with pytest.raises(ModelTooLargeError, match="no model was evicted"):
+            bench.cache.get("huge")
+    assert bench.states() == {"a": "ready", "b": "ready", "huge": "failed"}
+    # Its loader might have dispatched it, so it was called; what came is known from then on.
+    assert bench.mover.num_calls("load", "huge") == 1
 
 
 # --- moves that fail --------------------------------------------------------------------------------------------------

@@ -57,8 +57,10 @@ def spec(name: str, **facts: object) -> ModelSpec:
     return ModelSpec(name, LoaderSpec(entry=f"m:{name}"), **facts)
 
 
-def part(name: str, *sizes: int, readable: bool = True, vram: tuple[int, ...] | None = None) -> PartFacts:
-    return PartFacts(name, vram or sizes, sizes, sum(sizes), readable)
+def part(
+    name: str, *sizes: int, readable: bool = True, vram: tuple[int, ...] | None = None, offloaded: bool = False
+) -> PartFacts:
+    return PartFacts(name, vram or sizes, sizes, sum(sizes), readable, offloaded)
 
 
 @dataclass
@@ -357,7 +359,7 @@ class World:
         flight = p.flight and (p.flight.move.after, p.flight.started, p.flight.move.write_image, p.flight.needs)
         kept = p.kept_tick >= 0 and p.kept_tick == self.machine.planner.tick_of(p)
         covered = owner.get(p.covered_by, p.covered_by and 9)
-        return (name, p.vram, p.ram, flight, covered, p.has_image, p.source_stale, kept, p.ooms, tuple(p.models))
+        return (name, p.vram, p.ram, flight, covered, p.has_image, p.source_stale, kept, p.ooms, tuple(p.models), p.top)
 
     def _model_key(self, name: str, owner: dict[int, int], order: dict[int, int]) -> Hashable:
         gate, model = self.gates[name], self.machine.books.models.get(name)
@@ -371,6 +373,8 @@ class World:
             model.is_leaving,
             model.failures,
             model.spec.size_bytes,
+            model.is_dispatched,
+            model.too_large,
         )
         return (facts, tuple(gate.open), order[gate.tick], gate.closed, gate.watched)
 

@@ -66,6 +66,12 @@ def explain(machine: Machine, name: str) -> str:
         lines.append(f"it is leased {gate.num_leases} time(s), so it does not move")
     if model.spec.pin is not None:
         lines.append(f"it is pinned to {model.spec.pin}: unpin it to let it go")
+    if model.is_dispatched:
+        held = sum(p.ram_sums[-1] for p in machine.books.parts_of((name,)) if p.top is Tier.RAM)
+        lines.append(
+            f"it does not fit whole, so it runs from the dispatch it came with: {format_bytes(held)} stay in RAM, of "
+            f"which {format_bytes(model.onload_bytes)} at a time are brought in; one lease at a time"
+        )
     lines += _what_keeps_it(machine, model)
     queued = [w for w in machine.waiting.values() if name in w.names and w.why]
     lines += [f"a request for {w.label} waits for {w.why}" for w in queued]

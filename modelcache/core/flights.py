@@ -162,7 +162,7 @@ class Flights:
         """Charge the workspace of a model from what its ticket claimed; False while that is not free yet."""
         model, claims = self._books.models[name], waiting.claims
         assert claims is not None
-        size, account = model.spec.workspace_bytes, self._books.account(self._books.top)
+        size, account = model.workspace_bytes, self._books.account(self._books.top)
         if size > account.free_bytes:
             return False
         account.reserve(size)
@@ -180,8 +180,8 @@ class Flights:
         model, account = self._books.models[name], self._books.account(self._books.top)
         if model.workspace_charged:
             model.workspace_charged = False
-            account.drain(model.spec.workspace_bytes)
-            account.drained(model.spec.workspace_bytes)
+            account.drain(model.workspace_bytes)
+            account.drained(model.workspace_bytes)
 
     def drop_image(self, part: Part) -> None:
         """Forget an image file that no longer describes its part."""

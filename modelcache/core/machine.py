@@ -313,7 +313,7 @@ class Machine:
         """The bytes that bringing up takes now; models not loaded yet count with the size they were registered with."""
         needs = self._wants.needs_up(waiting, loaded, self.books.top) or Room()
         for model in others:
-            size, workspace = model.spec.size_bytes or 0, model.spec.workspace_bytes
+            size, workspace = model.spec.size_bytes or 0, model.workspace_bytes
             needs += Room(size + workspace, size) if self.books.top is Tier.VRAM else Room(0, size + workspace)
         return needs
 
@@ -422,7 +422,7 @@ class Machine:
                 model.gate_is_open = is_open
                 if not is_open:
                     self._unanswered.add(name)
-                self.emit(OpenGate(name, model.limit) if is_open else CloseGate(name))
+                self.emit(OpenGate(name, model.lease_limit) if is_open else CloseGate(name))
             if model.gate_is_watched != (name in watched):
                 model.gate_is_watched = name in watched
                 self.emit(WatchGate(name) if model.gate_is_watched else UnwatchGate(name))
@@ -445,12 +445,12 @@ class Machine:
             and not self.is_closed
             and name not in self.bars
             and (self.poison is None or self.books.top is not Tier.VRAM)
-            and not (model.limit and self._wants.is_queued_for(name))
+            and not (model.lease_limit and self._wants.is_queued_for(name))
         )
 
     def is_charged(self, model: Model) -> bool:
         """The top tier holds its workspace, or it has none."""
-        return model.workspace_charged or not model.spec.workspace_bytes
+        return model.workspace_charged or not model.workspace_bytes
 
     # --- loads and moves ------------------------------------------------------------------------------------------
 
@@ -668,7 +668,7 @@ class Machine:
         for room in self.held.values():
             moving += Room(**{room.tier.value: room.size_bytes})
         top = books.account(books.top)
-        workspaces = sum(m.spec.workspace_bytes for m in books.models.values() if m.workspace_charged)
+        workspaces = sum(m.workspace_bytes for m in books.models.values() if m.workspace_charged)
         for tier in (Tier.VRAM, Tier.RAM, Tier.DISK):
             account = books.account(tier)
             extra = workspaces if account is top else 0

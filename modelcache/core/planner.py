@@ -107,7 +107,7 @@ class _Draft:
 
     def take_workspace(self, model: Model) -> None:
         """Let an idle model give up its workspace."""
-        name, size = model.spec.name, model.spec.workspace_bytes
+        name, size = model.spec.name, model.workspace_bytes
         if not model.workspace_charged or name in self.workspaces:
             return
         self.workspaces[name] = None
@@ -183,6 +183,7 @@ class Planner:
             if not self.may_leave_whole(part) or not (part.rereadable or self.may_spill(part)):
                 sheddable = self.may_leave_ram(part) and part.rereadable and self._books.top is Tier.VRAM
                 fixed[Tier.RAM] += held.ram if not sheddable else 0
+        fixed[self._books.top] += self._workspaces_that_stay(spared)
         for tier, fixed_bytes in fixed.items():
             target = self._books.account(tier).target_bytes
             if needs.of(tier) > target - fixed_bytes:
@@ -191,6 +192,18 @@ class Planner:
                 )
                 return Refusal(Cause.HELD, tier, needs.of(tier), max(0, target - fixed_bytes), reason=why)
         return None
+
+    def _workspaces_that_stay(self, spared: frozenset[str]) -> int:
+        """Charged workspaces of models none of whose parts may go: a workspace is given up with a part."""
+        may_leave = self.may_leave_vram if self._books.top is Tier.VRAM else self.may_leave_whole
+        giving = {
+            model
+            for name in self._books.resident
+            if name not in spared and may_leave(self._books.parts[name])
+            for model in self._books.parts[name].models
+        }
+        models = self._books.models.items()
+        return sum(model.workspace_bytes for name, model in models if model.workspace_charged and name not in giving)
 
     def _complete(self, draft: _Draft, may_take: Callable[[str], bool], spared: frozenset[str]) -> Plan | Refusal:
         self._free(draft, may_take, spared)
@@ -222,7 +235,9 @@ class Planner:
 
     def _trim(self, draft: _Draft, part: Part) -> None:
         """Take tail segments of one part until enough is free; whole to disk if RAM has no room for what it lacks."""
-        keep = part.vram
+        is_dispatched = any(self._books.models[name].is_dispatched for name in part.models)
+        # Nothing of a model that runs from its dispatch is of use before all of it is back.
+        keep = 0 if is_dispatched else part.vram
         while keep and part.vram_sums[part.vram] - part.vram_sums[keep] < -draft.vram:
             keep -= 1
         lacking = part.ram_sums[part.ram] - part.ram_sums[min(keep, part.ram)]
@@ -230,7 +245,7 @@ class Planner:
             draft.take(part, Residency(keep, min(keep, part.ram)))
         elif self.may_leave_whole(part) and part.rereadable:
             draft.take(part, Residency(0, part.n))
-        else:
+        elif not is_dispatched:
             self._trim_what_ram_holds(draft, part)
 
     def _trim_what_ram_holds(self, draft: _Draft, part: Part) -> None:

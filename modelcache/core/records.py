@@ -93,7 +93,7 @@ class Part:
 
     Attributes:
         facts: What the data plane measured; replaced when its source no longer describes it.
-        top: The tier on which it is usable.
+        top: The tier on which it is usable: that of the machine, or RAM while its model runs from its dispatch.
         models: The models that hold it.
         vram: VRAM holds segments ``[0, vram)``.
         ram: RAM holds segments ``[ram, n)``.
@@ -213,6 +213,9 @@ class Model:
         loading: How far its first load is.
         parts: Ids, in first-use order; empty until loaded, and for a model without bytes.
         limit: Leases at a time; 0 is unlimited.
+        onload_bytes: What a forward brings onto the device at once when the model runs from its dispatch.
+        is_dispatched: It does not fit whole, so it runs from its dispatch: its offloaded parts stay in RAM.
+        too_large: What it was measured to need at least, when that was more than the budgets.
         gate_is_open: What the machine ordered last.
         workspace_charged: The top tier holds its workspace.
         workspace_covered_by: The ticket whose plan charges it; 0 for nobody.
@@ -227,6 +230,9 @@ class Model:
     loading: Loading = Loading.UNLOADED
     parts: tuple[str, ...] = ()
     limit: int = 0
+    onload_bytes: int = 0
+    is_dispatched: bool = False
+    too_large: Room | None = None
     type_name: str = ""
     gate_is_open: bool = False
     gate_is_watched: bool = False
@@ -238,6 +244,16 @@ class Model:
     error: Exception | None = None
     idle_tick: int = -1
     idle_since_s: float = 0.0
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What it takes of the top tier beside its parts, while it is in use."""
+        return self.spec.workspace_bytes + (self.onload_bytes if self.is_dispatched else 0)
+
+    @property
+    def lease_limit(self) -> int:
+        """Leases at a time; 0 is unlimited. A forward of a dispatched model takes away what another one would use."""
+        return 1 if self.is_dispatched else self.limit
 
     def copy(self) -> Model:
         """A record of its own with the same facts."""
@@ -319,6 +335,23 @@ class Books:
                 if part not in seen:
                     seen.add(part)
                     yield self.parts[part]
+
+    def choose_form(self, model: Model) -> None:
+        """Whole if that fits the top tier at all, else as its dispatch has it; as it is while anything of it moves.
+
+        What is in VRAM of its offloaded parts, and a charged workspace, must be given up before the form can change.
+        """
+        parts = [self.parts[part] for part in model.parts]
+        offloaded = [part for part in parts if part.facts.offloaded]
+        is_fixed = model.workspace_charged or model.workspace_covered_by or any(part.vram for part in offloaded)
+        if self.top is not Tier.VRAM or not offloaded or is_fixed:
+            return
+        if any(part.flight is not None or part.covered_by for part in parts):
+            return
+        whole_bytes = sum(part.vram_sums[-1] for part in parts) + model.spec.workspace_bytes
+        model.is_dispatched = whole_bytes > self.vram.target_bytes
+        for part in offloaded:
+            part.top = Tier.RAM if model.is_dispatched else Tier.VRAM
 
     def is_up(self, model: Model) -> bool:
         """Loaded, whole on the top tier, and nothing of it in flight."""

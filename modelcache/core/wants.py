@@ -139,14 +139,24 @@ class Wants:
         return False
 
     def _known_too_large(self, model: Model) -> ModelTooLargeError | None:
-        size, name = model.spec.size_bytes, model.spec.name
-        if size is None:
+        """Whether a load could only end in a refusal.
+
+        A size above the VRAM budget does not say so for a loader of the user's own: it may dispatch.
+        """
+        books, size, workspace = self._m.books, model.spec.size_bytes, model.spec.workspace_bytes
+        if model.too_large is not None:
+            needs = model.too_large
+        elif size is None:
             return None
-        top = self._m.books.account(self._m.books.top).target_bytes
-        if size + model.spec.workspace_bytes > top:
-            return ModelTooLargeError(name, str(self._m.books.top), size + model.spec.workspace_bytes, top)
-        ram = self._m.books.ram.target_bytes
-        return ModelTooLargeError(name, "ram", size, ram) if size > ram else None
+        elif books.top is Tier.RAM:
+            needs = Room(ram=size + workspace)
+        else:
+            needs = Room(size + workspace if model.spec.loader.kind is not None else workspace, size)
+        for tier in (Tier.VRAM, Tier.RAM):
+            budget = books.account(tier).target_bytes
+            if needs.of(tier) > budget:
+                return ModelTooLargeError(model.spec.name, str(tier), needs.of(tier), budget)
+        return None
 
     def loaded(self, model: Model, facts: LoadedFacts) -> None:
         """Take the facts of a first load; a model that no budget could hold is dropped at once."""
@@ -160,6 +170,8 @@ class Wants:
             part.models.append(name)
             # A part that came up for one model is not usable for another before its workspace is charged.
         m.touched[name] = None
+        model.onload_bytes = facts.onload_bytes
+        m.books.choose_form(model)
         error = self._too_large((name,))
         if error is not None:
             self._unload(model, error)
@@ -170,6 +182,7 @@ class Wants:
         # Its bytes are still the loader's. Its size is known now, so that the next request is refused before anything
         # is read. Until they are let go, the load is not over.
         m, name = self._m, model.spec.name
+        model.too_large = self._needs_alone((name,))
         known = sum(sum(m.books.parts[part].facts.ram_bytes) for part in model.parts)
         model.spec = replace(model.spec, size_bytes=known)
         m.leave_parts(model)
@@ -180,21 +193,24 @@ class Wants:
     def _too_large(self, names: Iterable[str]) -> ModelTooLargeError | None:
         m = self._m
         names = tuple(names)
-        parts = list(m.books.parts_of(names))
-        workspace = sum(m.books.models[name].spec.workspace_bytes for name in names)
-        label = " + ".join(names)
-        if m.books.top is Tier.VRAM:
-            vram = sum(part.vram_sums[-1] for part in parts)
-            if vram + workspace > m.books.vram.target_bytes:
-                return ModelTooLargeError(
-                    label, "vram", vram + workspace, m.books.vram.target_bytes, _detail(vram, workspace)
-                )
-            ram = max((part.ram_sums[-1] for part in parts), default=0)
-        else:
-            ram = sum(part.ram_sums[-1] for part in parts) + workspace
-        if ram > m.books.ram.target_bytes:
-            return ModelTooLargeError(label, "ram", ram, m.books.ram.target_bytes)
+        needs, label = self._needs_alone(names), " + ".join(names)
+        if needs.vram > m.books.vram.target_bytes:
+            models = [m.books.models[name] for name in names]
+            return ModelTooLargeError(label, "vram", needs.vram, m.books.vram.target_bytes, _detail(needs.vram, models))
+        if needs.ram > m.books.ram.target_bytes:
+            return ModelTooLargeError(label, "ram", needs.ram, m.books.ram.target_bytes)
         return None
+
+    def _needs_alone(self, names: tuple[str, ...]) -> Room:
+        """What `names` take together with nothing else there. Parts pass through RAM one by one, unless they stay."""
+        m = self._m
+        parts = list(m.books.parts_of(names))
+        workspace = sum(m.books.models[name].workspace_bytes for name in names)
+        if m.books.top is not Tier.VRAM:
+            return Room(ram=sum(part.ram_sums[-1] for part in parts) + workspace)
+        vram = sum(part.vram_sums[-1] for part in parts if part.top is Tier.VRAM)
+        stays = sum(part.ram_sums[-1] for part in parts if part.top is Tier.RAM)
+        return Room(vram + workspace, max([stays, *(part.ram_sums[-1] for part in parts)]))
 
     def _is_there(self, names: tuple[str, ...], tier: Tier) -> bool:
         m = self._m
@@ -231,16 +247,35 @@ class Wants:
 
     def _plan_up(self, waiting: Waiting, names: tuple[str, ...], tier: Tier) -> bool:
         m = self._m
+        for name in names:
+            m.books.choose_form(m.books.models[name])
         needs = self.needs_up(waiting, names, tier)
         if needs is None:
             waiting.why = "a move that another request has started"
             return False
         error = self._too_large(names)
         if error is not None:
-            m.refuse(waiting, error)
+            if not self._changes_form(waiting, names):
+                m.refuse(waiting, error)
             return False
         spare = [part.facts.part for part in m.books.parts_of(names)]
         return self._plan(waiting, needs, spare, Reason.LRU)
+
+    def _changes_form(self, waiting: Waiting, names: tuple[str, ...]) -> bool:
+        """Whether models that came up whole, before a budget was lowered, give up what keeps them from their dispatch."""
+        m = self._m
+        parts = [part for part in m.books.parts_of(names) if part.facts.offloaded and part.vram]
+        if not parts or not all(m.planner.may_leave_vram(part) for part in parts):
+            return False
+        waiting.why = "its offloaded weights to leave VRAM"
+        if all(part.flight is None and not part.covered_by for part in parts):
+            result = m.planner.plan_down(parts, Tier.RAM, m.may_take(waiting))
+            if isinstance(result, Refusal):
+                self._no_plan(waiting, result)
+            else:
+                m.carry_out(waiting, result, Reason.PRESSURE)
+                m.dissolve(waiting)
+        return True
 
     def needs_up(self, waiting: Waiting, names: tuple[str, ...], tier: Tier) -> Room | None:
         """The bytes that bringing `names` up takes beyond what others have planned; `None` if nothing."""
@@ -248,7 +283,7 @@ class Wants:
         top = m.books.top
         vram, rams = 0, []
         for part in self._missing(names, tier):
-            if top is Tier.VRAM and tier is top:
+            if part.top is Tier.VRAM and tier is top:
                 vram += part.vram_sums[-1] - part.vram_sums[part.vram]
             if part.is_cold:
                 rams.append(part.ram_sums[-1])
@@ -258,7 +293,7 @@ class Wants:
             for name in names:
                 model = m.books.models[name]
                 if not m.is_charged(model) and not model.workspace_covered_by:
-                    workspace += model.spec.workspace_bytes
+                    workspace += model.workspace_bytes
         if not missing and not workspace:
             return None
         if sum(rams) > m.books.ram.target_bytes:
@@ -307,7 +342,7 @@ class Wants:
             if m.is_barred(name, waiting):
                 self._block(waiting, (), f"{name!r}, which is promised to a request that came earlier")
                 return
-            if model.limit and m.num_leases(name) >= model.limit:
+            if model.lease_limit and m.num_leases(name) >= model.lease_limit:
                 self.wait_for_leases(waiting, (name,))
                 return
         m.grant(waiting, names)
@@ -546,8 +581,15 @@ def _awaited(held: str, is_reserved: bool) -> str:
     return "room that reserve() holds" if is_reserved else "moves in flight"
 
 
-def _detail(weights: int, workspace: int) -> str:
-    return f"weights {format_bytes(weights)} + workspace {format_bytes(workspace)}" if workspace else ""
+def _detail(needed: int, models: list[Model]) -> str:
+    workspace = sum(model.spec.workspace_bytes for model in models)
+    onloaded = sum(model.onload_bytes for model in models if model.is_dispatched)
+    parts = [
+        f"weights {format_bytes(needed - workspace - onloaded)}",
+        *([f"weights brought in at a time {format_bytes(onloaded)}"] if onloaded else []),
+        *([f"workspace {format_bytes(workspace)}"] if workspace else []),
+    ]
+    return " + ".join(parts) if len(parts) > 1 else ""
 
 
 def _forbids(pin: Tier | None, tier: Tier) -> bool:

@@ -38,6 +38,14 @@ def shared() -> dict:
     }
 
 
+def dispatched(name: str, *, on: int, off: int, onload: int, readable: bool = True) -> tuple:
+    parts = (
+        part(f"{name}.on", *[1] * on, readable=readable),
+        part(f"{name}.off", off - 1, 1, readable=readable, offloaded=True),
+    )
+    return spec(name), LoadedFacts(parts, 0, "Net", onload_bytes=onload)
+
+
 WORLDS = {
     "two of three fit, one failure, one leaves": lambda: World(
         Budgets(ram=6, vram=4),
@@ -110,6 +118,23 @@ WORLDS = {
             (lease("c"), WantGone("c", None)),
         ],
         failures=1,
+    ),
+    "one runs from its dispatch": lambda: World(
+        Budgets(ram=6, vram=3),
+        {**three_models(1), "d": dispatched("d", on=1, off=3, onload=1)},
+        [(lease("a"), lease("d")), (lease("d"), lease("a")), (lease("d"),)],
+        failures=1,
+        cancels=1,
+    ),
+    "a dispatch changes its form with the budget": lambda: World(
+        Budgets(ram=7, vram=4, disk=4),
+        {**three_models(1), "d": dispatched("d", on=1, off=3, onload=1, readable=False)},
+        [
+            (lease("d"), lease("a")),
+            (WantBudget(Tier.VRAM, 3), lease("d"), WantBudget(Tier.VRAM, 4)),
+            (lease("d"), WantDown("d", Tier.RAM, None)),
+        ],
+        writes=1,
     ),
     "host only": lambda: World(
         Budgets(ram=4, top=Tier.RAM),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from scenes import Scene, error_of, got, model
+from scenes import Scene, error_of, got, model, of_kind
 from worlds import part
 
 from modelcache.core.machine import MAX_BACKOFF_S, Budgets
@@ -193,7 +193,7 @@ def test_closing_refuses_everybody_and_whoever_comes_later():
 
 
 def test_a_model_that_exceeds_a_whole_budget_evicts_nobody():
-    scene = Scene(Budgets(ram=20, vram=4), model("a", 2), model("b", 2), model("big", 3, 2))
+    scene = Scene(Budgets(ram=20, vram=4), model("a", 2), model("b", 2), of_kind(model("big", 3, 2)))
     scene.use("a", "b")
     scene.given_up()
     error = error_of(scene.lease("big"))
@@ -205,7 +205,7 @@ def test_a_model_that_exceeds_a_whole_budget_evicts_nobody():
 
 
 def test_a_workspace_counts_toward_what_is_too_large():
-    scene = Scene(Budgets(ram=20, vram=4), model("a", 3, workspace_bytes=2))
+    scene = Scene(Budgets(ram=20, vram=4), of_kind(model("a", 3, workspace_bytes=2)))
     error = error_of(scene.lease("a"))
     assert isinstance(error, ModelTooLargeError)
     assert error.needed_bytes == 5
