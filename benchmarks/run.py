@@ -8,36 +8,21 @@ Times are medians over rounds in which ours and the reference take turns; the em
 
 from __future__ import annotations
 
-import argparse
 import functools
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
+import materialize
 import torch
+from figures import Figure, present, spread
 
-from modelcache import ModelCache, MoveKind, __version__
+from modelcache import ModelCache, MoveKind
 
 ROUNDS, CALLS = 9, 5_000
 NUM_MANY = 100_000
-
-
-@dataclass(frozen=True)
-class Figure:
-    what: str
-    ours: str
-    reference: str
-    ratio: str
-    limit: str
-    holds: bool
-    spread: str
-    rounds: tuple[float, ...] = ()
 
 
 class Identity(torch.nn.Module):
@@ -73,10 +58,6 @@ def timed(*functions: Callable[[], object]) -> list[list[float]]:
         for function, found in zip(functions, times, strict=True):
             found.append(max(0.001, once(function) - empty))
     return times
-
-
-def spread(found: list[float]) -> str:
-    return f"{min(found):.2f} to {max(found):.2f}"
 
 
 def hits(cache: ModelCache) -> list[Figure]:
@@ -239,36 +220,15 @@ def switches() -> list[Figure]:
     ]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", metavar="NAME", help="write benchmarks/results/NAME.md")
-    options = parser.parse_args()
-    began_load = os.getloadavg()[0]
+def measure() -> list[Figure]:
+    # First, because it forks, which a process with threads had better not.
+    figures = materialize.measure()
     torch.set_grad_enabled(False)
     with ModelCache(ram="64MiB", device="host_only", progress=False) as cache:
         cache.register("model", Identity)
-        figures = hits(cache) + many(cache)
-    figures += imports() + switches()
-    header = ("figure", "ours", "reference", "ratio", "limit", "", "spread")
-    rows = [(f.what, f.ours, f.reference, f.ratio, f.limit, "ok" if f.holds else "MISSED", f.spread) for f in figures]
-    lines = ["| " + " | ".join(row) + " |" for row in (header, tuple("---" for _ in header), *rows)]
-    print("\n".join(lines))
-    if options.write:
-        machine = (
-            f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}, torch "
-            f"{torch.__version__}, modelcache {__version__}, {time.strftime('%Y-%m-%d')}; "
-            f"load average {began_load:.1f} before the run"
-        )
-        text = (
-            f"# {options.write}\n\n`python benchmarks/run.py --write {options.write}` on {machine}.\n\n"
-            + "\n".join(lines)
-            + "\n"
-        )
-        rounds = [f"- {f.what}: {', '.join(f'{each:.2f}' for each in f.rounds)}" for f in figures if f.rounds]
-        text += "\nEvery round, in the unit of its row:\n\n" + "\n".join(rounds) + "\n"
-        Path(__file__).with_name("results").joinpath(f"{options.write}.md").write_text(text, encoding="utf-8")
-    return 0 if all(figure.holds for figure in figures) else 1
+        figures += hits(cache) + many(cache)
+    return figures + imports() + switches()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(present("run.py", __doc__, measure))

@@ -1,36 +1,85 @@
-"""A model that accelerate split over CPU and disk: park it, and bring it back."""
+"""A model that accelerate had to split over the device, RAM and disk: park it, use the device, and bring it back.
+
+Runs without a GPU: the device is a simulated one of 6 MiB. With a card, write "cuda:0" and leave `SimulatedDevice` out.
+"""
 
 import tempfile
+from contextlib import closing
+from pathlib import Path
 
 import torch
-from accelerate import dispatch_model
 
-from modelcache import ModelCache
+import modelcache
+from modelcache import ModelCache, format_bytes
+from modelcache.testing import SimulatedDevice
+
+PLACES = {"0": "sim:0", "1": "sim:0", "2": "sim:0", "3": "cpu", "4": "cpu", "5": "disk", "6": "disk", "7": "disk"}
+ONES = torch.ones(1, 512)
 
 
-def load_split(folder: str) -> torch.nn.Module:
+def load() -> torch.nn.Module:
     torch.manual_seed(0)
-    model = torch.nn.Sequential(*[torch.nn.Linear(128, 128) for _ in range(4)])
-    places = {"0": "cpu", "1": "cpu", "2": "disk", "3": "disk"}
-    return dispatch_model(model, device_map=places, main_device="cpu", offload_dir=folder, force_hooks=True)
+    return torch.nn.Sequential(*[torch.nn.Linear(512, 512) for _ in PLACES])  # 8 MiB
+
+
+def stuck(model: torch.nn.Module) -> None:
+    try:
+        model.to("cpu")
+    except RuntimeError as error:
+        print("accelerate:", error)
+
+
+def use_for_another(device: SimulatedDevice) -> None:
+    print("VRAM in use while it is parked:", format_bytes(device.allocated_bytes()))
+    another = torch.nn.Linear(512, 2560).to("sim:0")  # 5 MiB, which had no room beside it
+    another(ONES.to("sim:0"))
+    print("VRAM in use by another model:  ", format_bytes(device.allocated_bytes()))
+
+
+def alone(folder: Path, device: SimulatedDevice) -> None:
+    model, answer = load(), load()(ONES)
+    # accelerate's own function; it writes down what accelerate forgets, and gives this one model three methods.
+    model = modelcache.dispatch_model(model, PLACES, offload_dir=folder, allow_materialize=True)
+    stuck(model)
+    print(modelcache.plan_materialize(model))  # nothing is read yet
+
+    print("\n-- the function")
+    modelcache.materialize_meta_tensors(model, target_device="cpu")
+    model.to("cpu")  # works, and so do .cuda() and .half()
+    use_for_another(device)
+    modelcache.restore_dispatch(model)
+    print("VRAM in use when it is back:   ", format_bytes(device.allocated_bytes()))
+    print("the same answer:", torch.allclose(model(ONES).cpu(), answer, atol=1e-6))
+
+    print("\n-- a method")
+    model.materialize_all(device="cpu")  # or model.materialize()
+    use_for_another(device)
+    modelcache.restore_dispatch(model)
+    stuck(model)
+
+    print("\n-- a block")
+    with model.materialized():
+        model.cpu()
+        use_for_another(device)
+    print("the same answer:", torch.allclose(model(ONES).cpu(), answer, atol=1e-6))
+
+
+def in_a_cache(folder: Path) -> None:
+    places = {**PLACES, "0": "cpu", "1": "cpu", "2": "cpu"}
+    model, answer = modelcache.dispatch_model(load(), places, offload_dir=folder), load()(ONES)
+    with ModelCache(device="simulated", vram="16MiB", ram="64MiB") as cache:
+        cache.register("split", lambda: model)  # accepted as it is, and made whole
+        print("the same answer:", torch.allclose(cache.get("split")(ONES).cpu(), answer, atol=1e-6))
+        print(cache.park("split"))
+        print("and again after parking:", torch.allclose(cache.get("split")(ONES).cpu(), answer, atol=1e-6))
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        split = load_split(folder)
-        expected = split(torch.ones(1, 128))
-        for move in (lambda: split.to("cpu"), split.cpu):
-            try:
-                move()
-            except (RuntimeError, NotImplementedError) as error:
-                print("accelerate:", str(error).splitlines()[0])
-        with ModelCache(device="simulated", vram="16MiB", ram="64MiB") as cache, torch.no_grad():
-            cache.register("split", lambda: split)  # accepted as it is, and made whole
-            answer = cache.get("split")(torch.ones(1, 128)).cpu()
-            print("the same answer:", torch.allclose(answer, expected, atol=1e-6))
-            print(cache.park("split"))
-            answer = cache.get("split")(torch.ones(1, 128)).cpu()
-            print("and again after parking:", torch.allclose(answer, expected, atol=1e-6))
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        with closing(SimulatedDevice(capacity_bytes=6 << 20)) as device:
+            alone(Path(folder, "alone"), device)
+        print("\n-- a cache")
+        in_a_cache(Path(folder, "cached"))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,16 @@ if TYPE_CHECKING:
     from modelcache.cache import AsyncGet, ModelCache
     from modelcache.config import Effective, config_schema, load_config, missing_files
     from modelcache.core.explain import Forecast
-    from modelcache.dataplane.materialize import materialize_meta_tensors
+    from modelcache.dataplane.materialize import (
+        is_dispatched,
+        materialize_meta_tensors,
+        materialized,
+        plan_materialize,
+        restore_dispatch,
+    )
+    from modelcache.dataplane.materialize_dispatch import dispatch_model
+    from modelcache.dataplane.materialize_methods import add_materialize_methods
+    from modelcache.dataplane.materialize_report import MaterializePlan, PlannedTensor
     from modelcache.dataplane.probe import MachineReport, Reading, Unavailable, machine_report
     from modelcache.errors import (
         BudgetExhaustedError,
@@ -79,6 +88,7 @@ __all__ = [
     "MachineReport",
     "MaterializeError",
     "MaterializeMemoryError",
+    "MaterializePlan",
     "ModelCache",
     "ModelCacheError",
     "ModelHandle",
@@ -91,6 +101,7 @@ __all__ = [
     "MoveKind",
     "OnWrite",
     "PlannedBudgets",
+    "PlannedTensor",
     "Priority",
     "QueueFullError",
     "Reading",
@@ -101,17 +112,23 @@ __all__ = [
     "UnknownModelError",
     "WeightsError",
     "__version__",
+    "add_materialize_methods",
     "config_schema",
+    "dispatch_model",
     "format_bytes",
     "format_seconds",
+    "is_dispatched",
     "load_config",
     "machine_report",
     "materialize_meta_tensors",
+    "materialized",
     "missing_files",
     "parse_bytes",
     "parse_percent",
     "parse_rate",
+    "plan_materialize",
     "planned_budgets",
+    "restore_dispatch",
     "unwrap",
     "weights_bytes",
 ]
@@ -120,7 +137,16 @@ _HOMES = {
     "modelcache.cache": ("AsyncGet", "ModelCache"),
     "modelcache.config": ("Effective", "config_schema", "load_config", "missing_files"),
     "modelcache.core.explain": ("Forecast",),
-    "modelcache.dataplane.materialize": ("materialize_meta_tensors",),
+    "modelcache.dataplane.materialize": (
+        "is_dispatched",
+        "materialize_meta_tensors",
+        "materialized",
+        "plan_materialize",
+        "restore_dispatch",
+    ),
+    "modelcache.dataplane.materialize_dispatch": ("dispatch_model",),
+    "modelcache.dataplane.materialize_methods": ("add_materialize_methods",),
+    "modelcache.dataplane.materialize_report": ("MaterializePlan", "PlannedTensor"),
     "modelcache.futures": ("MoveFuture",),
     "modelcache.handle": ("ModelHandle", "unwrap"),
     "modelcache.lease": ("Lease", "Leases"),

@@ -367,10 +367,13 @@ class Books:
             return State.FAILED
         if model.loading is Loading.UNLOADED:
             return State.COLD
-        states = [self.parts[part].state for part in model.parts]
+        parts = [self.parts[part] for part in model.parts]
+        states = [part.state for part in parts]
         for state in (State.TRIMMING, State.STAGING, State.PROMOTING, State.COLD):
             if state in states:
                 return state
         if all(state is State.READY for state in states):
             return State.READY
-        return State.PARKED if all(state is State.PARKED for state in states) else State.PARTIAL
+        # What a dispatch keeps in RAM is where it belongs, whether the rest is on the device or not.
+        moving = [part.state for part in parts if part.top is self.top]
+        return State.PARKED if all(state is State.PARKED for state in moving) else State.PARTIAL

@@ -262,7 +262,7 @@ class Wants:
         return self._plan(waiting, needs, spare, Reason.LRU)
 
     def _changes_form(self, waiting: Waiting, names: tuple[str, ...]) -> bool:
-        """Whether models that came up whole, before a budget was lowered, give up what keeps them from their dispatch."""
+        """Whether models that came up whole, before a budget was lowered, give up what their dispatch keeps off."""
         m = self._m
         parts = [part for part in m.books.parts_of(names) if part.facts.offloaded and part.vram]
         if not parts or not all(m.planner.may_leave_vram(part) for part in parts):

@@ -128,6 +128,26 @@ def offloads_of(module: torch.nn.Module) -> list[Offload]:
     return offloads[::-1]
 
 
+def devices_to_run_on(module: torch.nn.Module) -> list[torch.device]:
+    """Where the hooks of this module bring weights and inputs for a forward."""
+    found = [hook.execution_device for hook in hooks_of(module) if isinstance(hook, AlignDevicesHook)]
+    return [torch.device(device) for device in found if device is not None]
+
+
+def without_ties(module: torch.nn.Module) -> list[Swap]:
+    """The swaps after which no hook of this module takes a weight for the copy of another one by its address.
+
+    The record is by addresses of memory that was freed since, and that other weights may get.
+    """
+    offloading = [hook for hook in hooks_of(module) if isinstance(hook, AlignDevicesHook) and hook.offload]
+    return [
+        Entry(vars(hook), key, vars(hook)[key], type(vars(hook)[key])())
+        for hook in offloading
+        for key in ("tied_params_map", "tied_params_names")
+        if vars(hook).get(key)
+    ]
+
+
 def has_confused_ties(offload: Offload) -> bool:
     """Whether accelerate (1.14 and older) took the address 0 of meta tensors for a tie.
 

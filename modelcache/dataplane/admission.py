@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -34,6 +35,9 @@ from modelcache.dataplane.source import Built, Source
 from modelcache.errors import LoaderError
 from modelcache.spec import ModelSpec
 
+if TYPE_CHECKING:
+    from modelcache.dataplane.dispatched import Dispatch, Mapped
+
 _counter = itertools.count(1)
 # A part may move between being found and being locked; after that many rounds somebody moves it all the time.
 _ROUNDS = 8
@@ -51,13 +55,16 @@ class Admission:
     segment_bytes: int
     make_lock: Callable[[], AbstractContextManager[object]]
 
-    def admit(self, spec: ModelSpec, built: Built, known: Callable[[], Iterable[Part]]) -> LoadedModel:
+    def admit(
+        self, spec: ModelSpec, built: Built, known: Callable[[], Iterable[Part]], dispatch: Dispatch | None = None
+    ) -> LoadedModel:
         """Lay a model out and join it to the parts that it shares.
 
         Args:
             spec: As registered.
             built: What the loader made, whole.
             known: The parts of all loaded models, read anew in each round.
+            dispatch: Its other form, taken off; its offloaded tensors get a part of their own.
 
         Raises:
             LoaderError: Something cannot be moved.
@@ -74,7 +81,7 @@ class Admission:
                 for part in sorted({each.part for each in shared.values()}, key=lambda part: part.id):
                     stack.enter_context(part.lock)
                 if _shared(found.slots, known()) == shared:
-                    return self._join(spec, built, modules, found, shared)
+                    return self._join(spec, built, modules, found, shared, dispatch)
         raise _broken(spec, "returned tensors of another loaded model that is on the move; lease that model meanwhile")
 
     def _join(
@@ -84,10 +91,17 @@ class Admission:
         modules: Mapping[str, torch.nn.Module],
         found: Walk,
         shared: dict[int, _Share],
+        dispatch: Dispatch | None,
     ) -> LoadedModel:
+        _require_no_offloaded(spec, shared)
         own = [slot for slot in found.slots if id(slot.tensor) not in shared]
+        if dispatch is not None and not shared.keys().isdisjoint(dispatch.offloaded):
+            dispatch = None  # what another model has on the device is not off it
+        away = frozenset() if dispatch is None else dispatch.offloaded.keys()
         try:
-            storages = group(own)
+            storages, offloaded = (
+                group([slot for slot in own if (id(slot.tensor) in away) is is_away]) for is_away in (False, True)
+            )
             members = [share.member(slot, spec.name) for slot, share in _with(found.slots, shared)]
         except ValueError as error:
             raise _broken(spec, f"returned a model that cannot be laid out: {error}") from error
@@ -95,7 +109,11 @@ class Admission:
         for slot in found.slots:
             if id(slot.tensor) in shared:
                 parts.append(shared[id(slot.tensor)].part)
-            elif slot.tensor.numel() and storages:
+            elif slot.tensor.numel() and id(slot.tensor) in away and offloaded:
+                parts.append(self._part(spec, built.source, offloaded))
+                parts[-1].is_offloaded = True
+                offloaded = []
+            elif slot.tensor.numel() and id(slot.tensor) not in away and storages:
                 parts.append(self._part(spec, built.source, storages))
                 storages = []
         distinct = tuple({part.id: part for part in parts}.values())
@@ -109,6 +127,7 @@ class Admission:
             empties=[slot for slot in own if not slot.tensor.numel()],
             idea=adapters.remember(built.model),
             lock=self.make_lock(),
+            dispatch=dispatch,
         )
         try:
             for part in distinct:
@@ -116,6 +135,8 @@ class Admission:
             for part, member in members:
                 part.add(member)
             model.guard(found)
+            if dispatch is not None:
+                _point_hooks(dispatch, distinct, spec.name)
         except BaseException:
             model.unguard()
             for part in distinct:
@@ -133,6 +154,30 @@ class Admission:
             for reader in storage.readers:
                 part.add(_member(reader, index, spec.name))
         return part
+
+
+def _point_hooks(dispatch: Dispatch, parts: Iterable[Part], model: str) -> None:
+    """Let the weights that hooks bring in be the bytes of the model's parts, wherever they are."""
+    known = {key: (part, member) for part in parts for key, member in part.members.items()}
+    entries: list[tuple[Mapped, torch.Tensor]] = []
+    for mapped in dispatch.mapped:
+        tensor = mapped.tensor.detach()
+        if id(mapped.tensor) in known:
+            part, member = known[id(mapped.tensor)]
+            part.add(Member(f"{member.name} (of its dispatch)", tensor, member.storage, member.view, {model}))
+        entries.append((mapped, tensor))
+    for mapped, tensor in entries:
+        mapped.table[mapped.key] = tensor
+
+
+def _require_no_offloaded(spec: ModelSpec, shared: Mapping[int, _Share]) -> None:
+    for share in shared.values():
+        if share.part.is_offloaded:
+            raise _broken(
+                spec,
+                f"returned tensors that {share.part.model!r} keeps off the device by its dispatch; load them apart, or "
+                f"load {share.part.model!r} without a device map",
+            )
 
 
 @dataclass(frozen=True, slots=True)

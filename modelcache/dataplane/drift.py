@@ -25,6 +25,8 @@ def take_back(model: LoadedModel, part: Part, move: Move) -> None:
         MoveError: Its structure changed; the error names the tensors.
     """
     with model.lock:
+        if model.dispatch is not None:
+            model.dispatch.take_off()  # placeholders are no change of the user's
         _adopt_exchanged(model, part, move)
     strays = [
         member for member in part.members.values() if model.spec.name in member.holders and _strayed(part, member)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -15,6 +16,9 @@ from modelcache.dataplane.inventory import Slot, Walk, Wrapper, slots_of
 from modelcache.dataplane.parts import Part
 from modelcache.errors import ModelNotResidentError
 from modelcache.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from modelcache.dataplane.dispatched import Dispatch
 
 log = logging.getLogger("modelcache.dataplane")
 _CPU = torch.device("cpu")
@@ -66,8 +70,9 @@ class LoadedModel:
         empties: Tensors without elements: they have no bytes, but a device.
         idea: Where the object believed to be when it was loaded.
         roots: Its modules with their guards.
-        lock: Guards `names`, `wrappers`, `empties`, `device` and the guards' flags. Taken below the lock of a part,
-            never the other way round.
+        dispatch: The form in which it runs with its offloaded parts in RAM.
+        lock: Guards `names`, `wrappers`, `empties`, `device`, `dispatch` and the guards' flags. Taken below the lock of
+            a part, never the other way round.
         device: Where the object was last told that it is.
     """
 
@@ -80,6 +85,7 @@ class LoadedModel:
     empties: list[Slot]
     idea: adapters.DeviceIdea
     lock: AbstractContextManager[object]
+    dispatch: Dispatch | None = None
     roots: list[Root] = field(default_factory=list)
     device: torch.device | None = None
 
@@ -112,9 +118,10 @@ class LoadedModel:
             self._settle_in(top, holds_copies)
 
     def _settle_in(self, top: torch.device, holds_copies: bool) -> None:
+        from_dispatch = self._settle_dispatch(holds_copies)
         for root in self.roots:
-            root.guard.resident = all(is_on_top(part, holds_copies) for part in root.parts)
-        resident = all(is_on_top(part, holds_copies) for part in self.parts)
+            root.guard.resident = from_dispatch or all(is_on_top(part, holds_copies) for part in root.parts)
+        resident = from_dispatch or all(is_on_top(part, holds_copies) for part in self.parts)
         self._follow()
         device = top if resident else _CPU
         if device != self.device:
@@ -123,6 +130,16 @@ class LoadedModel:
                 _move_empty(slot.tensor, device)
             adapters.point_at(self.model, device)
             self.device = device
+
+    def _settle_dispatch(self, holds_copies: bool) -> bool:
+        """Whether the model runs from its dispatch: the offloaded parts are in RAM only, the others on the device."""
+        if self.dispatch is None:
+            return False
+        if all(is_in_ram_only(part) if part.is_offloaded else is_on_top(part, holds_copies) for part in self.parts):
+            self.dispatch.put_on()
+        else:
+            self.dispatch.take_off()
+        return self.dispatch.is_on
 
     def _follow(self) -> None:
         for wrapper in self.wrappers:
@@ -154,6 +171,11 @@ def is_on_top(part: Part, holds_copies: bool) -> bool:
     """Whether the whole part is where its models run."""
     copies = part.vram if holds_copies else part.ram
     return all(copy is not None for copy in copies)
+
+
+def is_in_ram_only(part: Part) -> bool:
+    """Whether the whole part is in RAM and nothing of it in VRAM."""
+    return all(copy is not None for copy in part.ram) and not any(copy is not None for copy in part.vram)
 
 
 def _move_empty(tensor: torch.Tensor, device: torch.device) -> None:

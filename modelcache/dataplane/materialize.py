@@ -10,23 +10,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 
 from modelcache.dataplane import accelerate_state as state
-from modelcache.dataplane.materialize_files import FileBytes
+from modelcache.dataplane import diffusers_state
 from modelcache.dataplane.materialize_journal import ABSENT, Entry, Swap, swap_all
 from modelcache.dataplane.materialize_plan import Plan, Unit, make_plan, open_extra
+from modelcache.dataplane.materialize_record import refuse_other_weights
+from modelcache.dataplane.materialize_report import MaterializePlan, as_report
 from modelcache.dataplane.materialize_restore import ATTRIBUTE, OnModified, put_back, take_snapshot
-from modelcache.dataplane.materialize_slots import find_places, size_bytes, unwrapped
+from modelcache.dataplane.materialize_slots import find_places, unwrapped
 from modelcache.dataplane.materialize_stage import Staged, Stager, needed_bytes
 from modelcache.dataplane.materialize_ties import TiedNames, collect_claims, unite
 from modelcache.dataplane.probe_ram import RamProbe
 from modelcache.errors import MaterializeError, MaterializeMemoryError
-from modelcache.units import format_bytes
 
 ModelT = TypeVar("ModelT")
 CopyMode = Literal["auto", "always"]
@@ -74,8 +74,9 @@ def materialize_meta_tensors(
         The same object.
 
     Raises:
-        MaterializeError: Data is missing or damaged, or the model is kept by a library that we do not know;
-            ``.names`` has the tensors. The model is as it was and works as before.
+        MaterializeError: Data is missing or damaged, or is no longer what `modelcache.dispatch_model` recorded, or the
+            model is kept by a library that we do not know; ``.names`` has the tensors. The model is as it was and
+            works as before.
         MaterializeMemoryError: There is no room; nothing was read.
         ValueError: An argument makes no sense.
     """
@@ -87,64 +88,30 @@ def materialize_meta_tensors(
     extra = open_extra(extra_sources)
     always_copy = copy == "always"
     with _turn_of(model):
-        plan = _planned(model, extra)
+        plan = planned(model, extra)
         claims = collect_claims(plan, tied_params)
         if check_memory:
             _check_memory(needed_bytes(plan, target, always_copy=always_copy), target)
         staged = Stager(plan, target, always_copy=always_copy, num_workers=num_workers).run(progress)
+        refuse_other_weights(plan, staged)
         stands_for = unite(claims, staged)
         _commit(model, plan, staged, stands_for, target, keep_dispatch=keep_dispatch)
     return model
 
 
 def is_dispatched(model: object) -> bool:
-    """Whether a tensor of the model is on ``meta`` or a hook of accelerate moves its weights or inputs.
+    """Whether a tensor of the model is on ``meta``, or a hook of accelerate or diffusers moves weights or inputs.
 
     Raises:
         TypeError: The object holds no modules that we know how to find.
     """
     for module in (found for root in _components(model).values() for found in root.modules()):
-        if any(state.places_tensors(hook) for hook in state.hooks_of(module)):
+        if diffusers_state.offloads_groups(module) or any(map(state.places_tensors, state.hooks_of(module))):
             return True
         tensors = [*module._parameters.values(), *module._buffers.values()]
         if any(tensor is not None and tensor.is_meta for tensor in tensors):
             return True
     return False
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedTensor:
-    """One tensor of a plan: its names (more than one when it is tied), its size, and where its data is, in words."""
-
-    names: tuple[str, ...]
-    size_bytes: int
-    source: str
-
-
-@dataclass(frozen=True, slots=True)
-class MaterializePlan:
-    """What `materialize_meta_tensors` would do. Printing it gives a table.
-
-    Attributes:
-        tensors: Every tensor that would be made real.
-        needed_bytes: What that takes on the target, moved tensors included.
-        missing: Names of tensors with no data anywhere.
-        problems: Names of tensors whose data cannot be used, with the reason.
-        ties: Names said to be one tensor, to be checked against the data.
-    """
-
-    tensors: tuple[PlannedTensor, ...]
-    needed_bytes: int
-    missing: tuple[str, ...]
-    problems: tuple[tuple[str, str], ...]
-    ties: tuple[tuple[str, ...], ...]
-
-    def __str__(self) -> str:
-        lines = [f"{format_bytes(one.size_bytes):>10}  {' = '.join(one.names)}  {one.source}" for one in self.tensors]
-        lines += [f"{'missing':>10}  {name}" for name in self.missing]
-        lines += [f"{'unusable':>10}  {name}  {problem}" for name, problem in self.problems]
-        lines += [f"{'tied':>10}  {' = '.join(names)}" for names in self.ties]
-        return "\n".join([*lines, f"{format_bytes(self.needed_bytes):>10}  needed for {len(self.tensors)} tensors"])
 
 
 def plan_materialize(
@@ -170,17 +137,7 @@ def plan_materialize(
     target = _resolved(target_device)
     plan = make_plan(find_places(_components(model)), open_extra(extra_sources))
     needed = needed_bytes(plan, target, always_copy=copy == "always")
-    return MaterializePlan(
-        tensors=tuple(PlannedTensor(_names(unit), size_bytes(unit.tensor), _in_words(unit)) for unit in plan.loads),
-        needed_bytes=sum(needed.values()),
-        missing=tuple(plan.missing),
-        problems=tuple(plan.problems.items()),
-        ties=tuple(
-            tuple(name for unit in claim.units for name in _names(unit))
-            for claim in collect_claims(plan, tied_params)
-            if len(claim.units) > 1
-        ),
-    )
+    return as_report(plan, collect_claims(plan, tied_params), needed, target)
 
 
 def restore_dispatch(model: ModelT, *, on_modified: OnModified = "write") -> ModelT:
@@ -267,7 +224,12 @@ def _resolved(target_device: torch.device | str | int) -> torch.device:
     return torch.empty_strided((0,), (1,), device=target).device
 
 
-def _planned(model: object, extra: list[Mapping[str, Any]]) -> Plan:
+def planned(model: object, extra: list[Mapping[str, Any]]) -> Plan:
+    """The plan for a model of which every tensor can be had.
+
+    Raises:
+        MaterializeError: Some cannot; ``.names`` has them.
+    """
     plan = make_plan(find_places(_components(model)), extra)
     if plan.problems:
         names = tuple(plan.problems)
@@ -318,7 +280,8 @@ def _commit(
     swaps += [memory for unit, memory in staged.memory.items() if unit not in stands_for]
     swaps += staged.swaps
     hooks = [swap for module in plan.places.modules for swap in state.unhooking(module)]
-    others = _of_pipeline(model, target)
+    hooks += [swap for module in plan.places.modules for swap in diffusers_state.unhooking(module)]
+    others = of_pipeline(model, target)
     attributes = _memory_of(model)
     known = attributes.get(ATTRIBUTE, ABSENT)
     if not keep_dispatch:
@@ -332,7 +295,7 @@ def _commit(
     swap_all([*swaps, *hooks, *others, *memory], check=lambda: _assert_whole(model))
 
 
-def _of_pipeline(model: object, target: torch.device) -> list[Swap]:
+def of_pipeline(model: object, target: torch.device) -> list[Swap]:
     """A pipeline's own memory of its offloading, which would bring the hooks back at the end of its next call."""
     if isinstance(model, torch.nn.Module):
         return []
@@ -358,20 +321,6 @@ def _assert_whole(model: object) -> None:
     """The last look before a commit stands; a bug of ours must not hand out a model that is half made."""
     if is_dispatched(model):
         raise MaterializeError((), "the model was not whole after all its tensors were put in; please report this")
-
-
-def _names(unit: Unit) -> tuple[str, ...]:
-    return tuple(name for slot in unit.slots for name in slot.names)
-
-
-def _in_words(unit: Unit) -> str:
-    match unit.found:
-        case FileBytes(path=path):
-            return f"file {path}"
-        case state.KeptTensor(tensor=tensor):
-            return f"memory of the dispatch on {tensor.device}"
-        case _:
-            return "a mapping of the dispatch"
 
 
 class _Turn:

@@ -9,18 +9,22 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import chain, groupby
 from pathlib import Path
 
 import torch
 
 from modelcache.errors import WeightsError
-from modelcache.headers import Header, read_header
+from modelcache.headers import FileIdentity, Header, read_header, regular_file
 
-_MAX_READ_BYTES = 1 << 30  # Linux reads at most 2 GiB less a page at a time
-_BATCH_BYTES = 32 << 20
-_BATCH_TENSORS = 256
+_PIECE_BYTES = 8 << 20  # what a worker reads before it reports
+_MAX_BUFFERS = 1024  # of one read; the system allows no more
+_CONVERT_BYTES = 4 << 20  # what a worker reads before it converts
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -43,7 +47,18 @@ _DTYPES = {
 
 
 class FileProblemError(Exception):
-    """A file that cannot give a tensor; the text says which and why. Stays inside the data plane."""
+    """A file that cannot give a tensor; the text says which and why. Stays inside the data plane.
+
+    Attributes:
+        position: Of the tensor among those that were to be read.
+    """
+
+    def __init__(self, problem: str, position: int = 0) -> None:
+        super().__init__(problem, position)
+        self.problem, self.position = problem, position
+
+    def __str__(self) -> str:
+        return self.problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +67,7 @@ class FileBytes:
 
     Attributes:
         cast: The dtype to have after reading, when the index of the dispatch wants another than the file's.
+        identity: Which file it was when the tensor was found in it; another one is refused before and after reading.
     """
 
     path: str
@@ -59,6 +75,7 @@ class FileBytes:
     dtype: torch.dtype
     shape: tuple[int, ...]
     cast: torch.dtype | None = None
+    identity: FileIdentity | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -78,13 +95,14 @@ class Headers:
         Raises:
             FileProblemError: The file is missing, damaged or cut short, or has no such tensor.
         """
-        entry = self._header(path).tensors.get(name)
+        header = self._header(path)
+        entry = header.tensors.get(name)
         if entry is None:
             raise FileProblemError(f"{path} has no tensor {name!r}")
         dtype = _DTYPES.get(entry.dtype)
         if dtype is None:
             raise FileProblemError(f"{path} has {name!r} as {entry.dtype}, which torch cannot hold plainly")
-        return FileBytes(path, entry.begin, dtype, tuple(entry.shape), cast)
+        return FileBytes(path, entry.begin, dtype, tuple(entry.shape), cast, header.identity)
 
     def names(self, path: str) -> list[str]:
         """Every tensor of the file.
@@ -115,76 +133,17 @@ def find_dat(path: str, dtype: torch.dtype | None, shape: tuple[int, ...]) -> Fi
     """
     if dtype is None:
         raise FileProblemError(f"the index of {path} gives no dtype that torch knows")
-    found = FileBytes(path, 0, dtype, shape)
     try:
-        status = Path(path).stat()
+        status = os.stat(path)  # noqa: PTH116, making a path of each of thousands of files takes longer than asking
     except OSError as error:
         raise FileProblemError(f"cannot read {path}: {error.strerror}") from error
     if not stat.S_ISREG(status.st_mode):
         raise FileProblemError(f"{path} is not a regular file")
+    found = FileBytes(path, 0, dtype, shape, identity=FileIdentity.of(status))
     # A file for no elements still has a byte or so: an empty file cannot be mapped, which is how they are written.
     if found.size_bytes and status.st_size != found.size_bytes:
         raise FileProblemError(f"{path} has {status.st_size} bytes, its index says {found.size_bytes}")
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """One tensor to read and how it shall be: `key` is the caller's."""
-
-    key: int
-    place: FileBytes
-    dtype: torch.dtype
-    stride: tuple[int, ...]
-
-
-def batches(wanted: Iterable[Wanted]) -> list[list[Wanted]]:
-    """Cut into pieces for one worker each: in file order, so that each file is opened once per piece."""
-    pieces: list[list[Wanted]] = []
-    room_bytes = 0
-    for item in sorted(wanted, key=lambda item: (item.place.path, item.place.offset)):
-        if not pieces or room_bytes <= 0 or len(pieces[-1]) == _BATCH_TENSORS:
-            pieces.append([])
-            room_bytes = _BATCH_BYTES
-        pieces[-1].append(item)
-        room_bytes -= item.place.size_bytes
-    return pieces
-
-
-def read_batch(batch: Sequence[Wanted]) -> list[tuple[int, torch.Tensor | FileProblemError]]:
-    """Read one piece; a tensor that cannot be read is answered with its problem and ends the piece. Any thread."""
-    results: list[tuple[int, torch.Tensor | FileProblemError]] = []
-    descriptor, open_path = -1, ""
-    # Both modes are per thread, and a tensor made under the first could never be written to.
-    with torch.inference_mode(False), torch.no_grad():
-        try:
-            for item in batch:
-                if descriptor < 0 or item.place.path != open_path:
-                    if descriptor >= 0:
-                        os.close(descriptor)
-                        descriptor = -1
-                    descriptor, open_path = os.open(item.place.path, os.O_RDONLY | os.O_CLOEXEC), item.place.path
-                results.append((item.key, _read(descriptor, item)))
-        except OSError as error:
-            results.append((item.key, FileProblemError(f"cannot read {item.place.path}: {error}")))
-        except FileProblemError as problem:
-            results.append((item.key, problem))
-        finally:
-            if descriptor >= 0:
-                os.close(descriptor)
-    return results
-
-
-def _read(descriptor: int, item: Wanted) -> torch.Tensor:
-    place = item.place
-    raw = new_tensor(place.shape, place.dtype)
-    _fill(descriptor, raw, place)
-    if place.cast is not None:
-        raw = raw.to(place.cast)
-    if raw.dtype == item.dtype and raw.stride() == item.stride:
-        return raw
-    shaped = new_tensor(place.shape, item.dtype, item.stride)
-    return shaped.copy_(raw)
 
 
 def new_tensor(shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None) -> torch.Tensor:
@@ -196,16 +155,233 @@ def new_tensor(shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] |
     return torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device="cpu")
 
 
-def _fill(descriptor: int, tensor: torch.Tensor, place: FileBytes) -> None:
-    if not place.size_bytes:
+def read_tensor(place: FileBytes) -> torch.Tensor:
+    """Read one tensor, cast as its place says, into memory of its own.
+
+    Raises:
+        FileProblemError: As for `read_into`.
+    """
+    tensor = new_tensor(place.shape, place.cast or place.dtype)
+    read_into([(place, tensor)])
+    return tensor
+
+
+def read_into(
+    wanted: Sequence[tuple[FileBytes, torch.Tensor]],
+    report: Callable[[int], None] | None = None,
+    num_workers: int = 4,
+) -> None:
+    """Read tensors from files into memory that is there already.
+
+    A tensor of the file's dtype without gaps is read in place, with no other memory. Any other is converted by way of
+    a few megabytes for each worker: from the file's dtype to the place's `cast`, from there to the tensor's dtype.
+    Writing does not count as a change of the tensor for autograd.
+
+    Args:
+        wanted: Where each tensor's bytes are, and the tensor on the CPU that gets them, of the same shape.
+        report: Called in this thread with the bytes read since the last call. What it raises ends the work.
+        num_workers: Threads that read.
+
+    Raises:
+        FileProblemError: A file is missing, damaged, or not the file it was when the tensor was located. `position` is
+            that of a tensor concerned. What the tensors hold is undefined then; nothing writes to them any more.
+        ValueError: A tensor is not on the CPU or has another shape than its data.
+    """
+    for position, (place, tensor) in enumerate(wanted):
+        if tensor.device.type != "cpu" or tuple(tensor.shape) != place.shape:
+            found = f"{tuple(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"tensor {position} is {found}; the data in {place.path} has shape {place.shape}")
+    order = in_file_order([place for place, _ in wanted])
+    # Closed here and not when somebody drops the error: until then workers would write into the caller's memory.
+    with closing(reading(((position, place, wanted[position][1]) for position, place in order), num_workers)) as pieces:
+        for piece in pieces:
+            if report is not None:
+                report(sum(segment.size_bytes for segment in piece))
+
+
+def in_file_order(places: Sequence[FileBytes]) -> list[tuple[int, FileBytes]]:
+    """The places with their positions, file after file and in each from its beginning to its end."""
+    return sorted(enumerate(places), key=lambda item: (item[1].path, item[1].offset))
+
+
+@dataclass(slots=True)
+class Segment:
+    """A part of one tensor, to be read at once.
+
+    Attributes:
+        position: The caller's number of the tensor.
+        offset: Of the first byte in the file.
+        size_bytes: How many bytes of the file it takes.
+        memory: Where they go as they are; `None` when they must be converted.
+        target: Where they go converted.
+        is_last: Whether the tensor is complete with it.
+    """
+
+    position: int
+    place: FileBytes
+    offset: int
+    size_bytes: int
+    memory: memoryview | None
+    target: torch.Tensor
+    is_last: bool
+
+
+def reading(wanted: Iterable[tuple[int, FileBytes, torch.Tensor]], num_workers: int) -> Generator[list[Segment]]:
+    """Read tensors in the order given, which had better be that of the files, and yield what has been read, in order.
+
+    Tensors are taken from `wanted` only shortly before they are read, so that it may make them then. A few pieces are
+    read ahead of the caller.
+
+    Raises:
+        FileProblemError: As for `read_into`. No worker is left behind, also when the generator is closed early, which
+            the caller has to do.
+    """
+    pieces = _pieces(wanted)
+    first, second = next(pieces, None), next(pieces, None)
+    if first is not None and (second is None or num_workers == 1):
+        for piece in chain((first,), () if second is None else (second,), pieces):
+            _read_piece(piece)
+            yield piece
+    elif first is not None and second is not None:
+        yield from _read_ahead(chain((first, second), pieces), num_workers)
+
+
+def _read_ahead(pieces: Iterable[list[Segment]], num_workers: int) -> Iterator[list[Segment]]:
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="modelcache-read")
+    ahead: deque[tuple[list[Segment], Future[None]]] = deque()
+    try:
+        for piece in pieces:
+            # Only so far ahead: a target that takes its time must not fill the RAM with what waits for it.
+            if len(ahead) == 2 * num_workers:
+                done, future = ahead.popleft()
+                future.result()
+                yield done
+            ahead.append((piece, pool.submit(_read_piece, piece)))
+        while ahead:
+            done, future = ahead.popleft()
+            future.result()
+            yield done
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _pieces(wanted: Iterable[tuple[int, FileBytes, torch.Tensor]]) -> Iterator[list[Segment]]:
+    """Portions of work for one worker."""
+    piece: list[Segment] = []
+    piece_bytes = 0
+    for position, place, tensor in wanted:
+        for segment in _segments(position, place, tensor):
+            if piece and (piece_bytes + segment.size_bytes > _PIECE_BYTES or len(piece) == _MAX_BUFFERS):
+                yield piece
+                piece, piece_bytes = [], 0
+            piece.append(segment)
+            piece_bytes += segment.size_bytes
+    if piece:
+        yield piece
+
+
+def _segments(position: int, place: FileBytes, tensor: torch.Tensor) -> Iterator[Segment]:
+    tensor = tensor.detach()
+    size_bytes = place.size_bytes
+    is_plain = tensor.dtype == place.dtype and place.cast in (None, place.dtype)
+    if is_plain and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
+        memory = tensor.view(-1).view(torch.uint8).numpy().data if size_bytes else memoryview(b"")
+        for start in range(0, max(size_bytes, 1), _PIECE_BYTES):
+            end = min(start + _PIECE_BYTES, size_bytes)
+            part = memory[start:end]
+            yield Segment(position, place, place.offset + start, end - start, part, tensor, end == size_bytes)
         return
-    memory = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
-    done = 0
-    while done < place.size_bytes:
-        count = os.preadv(descriptor, [memory[done : done + _MAX_READ_BYTES]], place.offset + done)
-        if count == 0:
-            raise FileProblemError(f"{place.path} is cut short at byte {place.offset + done}")
-        done += count
+    flat = tensor.view(-1) if tensor.is_contiguous() else tensor
+    end = place.offset + size_bytes
+    for target, offset in _split(flat, place.offset, place.dtype.itemsize):
+        part_bytes = target.numel() * place.dtype.itemsize
+        yield Segment(position, place, offset, part_bytes, None, target, offset + part_bytes == end)
+
+
+def _split(target: torch.Tensor, offset: int, item_bytes: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """Cut into parts small enough to be converted at once, in row-major order, whatever the strides."""
+    size_bytes = target.numel() * item_bytes
+    if size_bytes <= _CONVERT_BYTES:
+        yield target, offset
+        return
+    row_bytes = size_bytes // len(target)
+    if row_bytes > _CONVERT_BYTES:
+        for number, row in enumerate(target):
+            yield from _split(row, offset + number * row_bytes, item_bytes)
+        return
+    step = _CONVERT_BYTES // row_bytes
+    for start in range(0, len(target), step):
+        yield target[start : start + step], offset + start * row_bytes
+
+
+def _read_piece(piece: Sequence[Segment]) -> None:
+    """Any thread."""
+    for _, of_file in groupby(piece, key=lambda segment: (segment.place.path, segment.place.identity)):
+        segments = list(of_file)
+        place, position = segments[0].place, segments[0].position
+        try:
+            with regular_file(Path(place.path)) as (descriptor, found):
+                _refuse_changed(place, found, position)
+                _read_segments(descriptor, segments)
+            # By path: the descriptor would still read the old file when the path was given to a new one.
+            _refuse_changed(place, os.stat(place.path), position)  # noqa: PTH116, as in `find_dat`
+        except WeightsError as error:
+            raise FileProblemError(str(error), position) from error
+        except OSError as error:
+            raise FileProblemError(f"cannot read {place.path}: {error.strerror or error}", position) from error
+
+
+def _read_segments(descriptor: int, segments: Iterable[Segment]) -> None:
+    run: list[Segment] = []
+    for segment in segments:
+        if run and (segment.memory is None or segment.offset != run[-1].offset + run[-1].size_bytes):
+            _fill(descriptor, run)
+            run = []
+        if segment.memory is None:
+            _convert(descriptor, segment)
+        elif segment.size_bytes:
+            run.append(segment)
+    if run:
+        _fill(descriptor, run)
+
+
+def _convert(descriptor: int, segment: Segment) -> None:
+    # Both modes are per thread, and this may be the caller's.
+    with torch.inference_mode(False), torch.no_grad():
+        raw = new_tensor(segment.target.shape, segment.place.dtype)
+        if segment.size_bytes:
+            _fill(descriptor, [replace(segment, memory=raw.view(-1).view(torch.uint8).numpy().data)])
+        segment.target.copy_(raw if segment.place.cast is None else raw.to(segment.place.cast))
+
+
+def _fill(descriptor: int, run: Sequence[Segment]) -> None:
+    """Read segments whose bytes follow each other in the file with as few calls as the system allows."""
+    buffers = [segment.memory for segment in run if segment.memory is not None]
+    first, offset = 0, run[0].offset  # every buffer before the first is full
+    while first < len(buffers):
+        count = os.preadv(descriptor, buffers[first : first + _MAX_BUFFERS], offset)
+        if not count:
+            raise FileProblemError(f"{run[first].place.path} is cut short at byte {offset:,}", run[first].position)
+        offset += count
+        while first < len(buffers) and count >= len(buffers[first]):
+            count -= len(buffers[first])
+            first += 1
+        if count:
+            buffers[first] = buffers[first][count:]
+
+
+def _refuse_changed(place: FileBytes, found: os.stat_result, position: int) -> None:
+    then, now = place.identity, FileIdentity.of(found)
+    if then is None or now == then:
+        return
+    if now.size != then.size:
+        what = f"had {then.size:,} bytes and has {now.size:,}"
+    elif (now.dev, now.ino) != (then.dev, then.ino):
+        what = "was replaced by another file"
+    else:
+        what = "was written to"
+    problem = f"{place.path} changed since the tensor was found in it: it {what}; restore the file, or start again"
+    raise FileProblemError(problem, position)
 
 
 def index_of(folder: Path, headers: Headers) -> Mapping[str, dict[str, str]]:

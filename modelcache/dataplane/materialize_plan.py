@@ -22,6 +22,7 @@ from modelcache.dataplane.accelerate_state import (
     KeptTensor,
     Offload,
 )
+from modelcache.dataplane.diffusers_state import Carried, Groups
 from modelcache.dataplane.materialize_files import FileBytes, FileProblemError, Headers, find_dat, index_of
 from modelcache.dataplane.materialize_rewrap import bitsandbytes_problem, is_packed
 from modelcache.dataplane.materialize_slots import Places, Slot, is_wrapper, join
@@ -39,6 +40,7 @@ class Unit:
         found: Where the data is; `None` for a live tensor.
         weights: The mapping that knew it.
         key: The key of the data in `weights`.
+        carriers: The groups of diffusers that carry this very object, which therefore stays the model's.
     """
 
     slots: list[Slot]
@@ -47,6 +49,7 @@ class Unit:
     found: Found | None = None
     weights: Mapping[str, Any] = field(default_factory=dict)
     key: str = ""
+    carriers: tuple[Carried, ...] = ()
 
     @property
     def name(self) -> str:
@@ -107,13 +110,19 @@ def make_plan(places: Places, extra: Sequence[Mapping[str, Any]] = ()) -> Plan:
         places: The model.
         extra: Further mappings to look in, by full name.
     """
-    owners = _owners(places)
-    finder = _Finder(owners, _bases(places), extra)
+    offloads = {module: offloads for module in places.modules if (offloads := state.offloads_of(module))}
+    owners = _owners(offloads)
+    finder = _Finder(owners, _bases(places, offloads), extra)
     confused = any(state.has_confused_ties(offload) for owned in owners.values() for offload, _ in owned)
     plan = Plan(places, trusts_ties=not confused)
     headers = Headers()
+    groups = Groups(places.modules)
     for unit in _units(places, owners, confused=confused):
         slot = unit.slots[0]
+        unit.carriers = groups.carriers(unit.tensor)
+        if unit.carriers:
+            _plan_carried(plan, unit, groups, headers)
+            continue
         if unit.tensor.is_meta or (confused and slot.is_parameter and slot.module in owners):
             finder.find(unit)
         if is_lazy(unit.tensor) or not unit.kept:
@@ -132,26 +141,38 @@ def make_plan(places: Places, extra: Sequence[Mapping[str, Any]] = ()) -> Plan:
     return plan
 
 
-def _owners(places: Places) -> dict[torch.nn.Module, list[tuple[Offload, str]]]:
+def _plan_carried(plan: Plan, unit: Unit, groups: Groups, headers: Headers) -> None:
+    """A carried tensor is not on meta: only its group knows whether it holds the data or what was there before."""
+    try:
+        unit.found = groups.locate(unit.tensor, headers)
+        (plan.live if unit.found is None else plan.loads).append(unit)
+    except FileProblemError as problem:
+        plan.problems[unit.name] = str(problem)
+
+
+_Offloads = Mapping[torch.nn.Module, Sequence[Offload]]
+
+
+def _owners(offloads: _Offloads) -> dict[torch.nn.Module, list[tuple[Offload, str]]]:
     """For each module the hooks that keep its weights, with the module's path below the hook's module."""
     owners: dict[torch.nn.Module, list[tuple[Offload, str]]] = {}
-    for module in places.modules:
-        for offload in state.offloads_of(module):
+    for module, own in offloads.items():
+        for offload in own:
             covered = module.named_modules() if offload.covers_subtree else [("", module)]
             for path, child in covered:
                 owners.setdefault(child, []).append((offload, path))
     return owners
 
 
-def _bases(places: Places) -> list[_Base]:
+def _bases(places: Places, offloads: _Offloads) -> list[_Base]:
     bases: dict[int, _Base] = {}
-    for module, paths in places.modules.items():
-        for offload in state.offloads_of(module):
+    for module, own in offloads.items():
+        for offload in own:
             weights, prefix = state.base_of(offload.weights)
             base = bases.setdefault(id(weights), _Base(weights))
             # The prefix is the module's path at dispatch: what stands before it now is where the dispatch began.
             # Hooks that moved to another module since do not fit and tell nothing.
-            for path in (join(path.plain, "") for path in paths):
+            for path in (join(path.plain, "") for path in places.modules[module]):
                 root = path[: len(path) - len(prefix)]
                 if path == root + prefix and (not root or root.endswith(".")):
                     base.roots.add(root)
@@ -253,6 +274,8 @@ def _one_per_source(loads: Sequence[Unit]) -> list[Unit]:
 
 
 def _identity(unit: Unit) -> object | None:
+    if unit.carriers:
+        return None  # an object of its own, and it stays that
     match unit.found:
         case FileBytes(path=path, offset=offset, size_bytes=size, cast=cast) if size:
             return path, offset, cast

@@ -15,6 +15,7 @@ import torch
 
 from modelcache.dataplane import accelerate_state as state
 from modelcache.dataplane.materialize_files import FileProblemError, Headers
+from modelcache.dataplane.materialize_groups import TakenGroups, give_back, take_groups
 from modelcache.dataplane.materialize_journal import ABSENT, ClassEntry, Entry, Memory, Swap, swap_all
 from modelcache.dataplane.materialize_plan import Plan, Unit
 from modelcache.dataplane.materialize_rewrap import as_buffer, as_parameter, is_bitsandbytes
@@ -51,6 +52,7 @@ class Snapshot:
         made_real: The slots that held placeholders.
         homes: Live tensors that were moved, and from where.
         modules: The modules there were.
+        groups: The group offloading of diffusers.
     """
 
     hooks: Sequence[Swap]
@@ -58,6 +60,7 @@ class Snapshot:
     made_real: Sequence[MadeReal] = ()
     homes: Sequence[tuple[Slot, torch.device]] = ()
     modules: frozenset[int] = field(default_factory=frozenset)
+    groups: TakenGroups = field(default_factory=TakenGroups)
 
     def __deepcopy__(self, memo: object) -> None:
         return None
@@ -84,11 +87,15 @@ def take_snapshot(
         made_real=[
             MadeReal(slot, slot.tensor, unit.kept.get(slot), tensor, _version(tensor))
             for unit in plan.loads
+            if not unit.carriers
             for slot in unit.slots
             for tensor in (staged.tensors[stands_for.get(unit, unit)],)
         ],
-        homes=[(slot, device) for unit, device in _moved(plan, staged) for slot in unit.slots],
+        homes=[(slot, home) for unit, home in _moved(plan, staged) if not unit.carriers for slot in unit.slots],
         modules=frozenset(map(id, plan.places.modules)),
+        groups=take_groups(
+            ((slot, unit.tensor, unit.carriers) for unit in plan.units() for slot in unit.slots), plan.places.modules
+        ),
     )
 
 
@@ -124,6 +131,7 @@ def put_back(
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         swaps: list[Swap] = list(_placeholders(snapshot, on_modified))
         swaps += _homewards(snapshot)
+        swaps += give_back(snapshot.groups, on_modified)
     swaps += [_reversed(swap) for swap in reversed([*snapshot.hooks, *snapshot.others])]
     swaps.append(Entry(owner, ATTRIBUTE, snapshot, ABSENT))
     _warn_of_new_modules(snapshot, components)

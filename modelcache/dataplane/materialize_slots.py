@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from modelcache.dataplane import accelerate_state
+from modelcache.dataplane import accelerate_state, diffusers_state
 from modelcache.errors import MaterializeError
 
 
@@ -136,16 +136,8 @@ def _refuse_module(module: torch.nn.Module, path: str) -> None:
             raise MaterializeError(
                 (), f"{where} is offloaded by {type(hook).__module__}.{type(hook).__name__}; remove that hook first"
             )
-    if _is_group_offloaded(module):
-        # These tensors are not meta but uninitialized: moving them would hand out garbage without an error.
-        raise MaterializeError(
-            (), f"{where} is under diffusers' group offloading, which keeps its weights itself; disable it first"
-        )
-
-
-def _is_group_offloaded(module: torch.nn.Module) -> bool:
-    hooks: Any = getattr(module.__dict__.get("_diffusers_hook"), "hooks", None)
-    return isinstance(hooks, dict) and any("group_offloading" in name for name in hooks)
+    if problem := diffusers_state.problem_of(module):
+        raise MaterializeError((), f"{where} {problem}")
 
 
 def _refuse_tensor(slot: Slot) -> None:
@@ -170,4 +162,6 @@ def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def size_bytes(tensor: torch.Tensor) -> int:
     """The bytes of a tensor, or of what is inside it."""
+    if not is_wrapper(tensor):
+        return tensor.numel() * tensor.element_size()
     return sum(inner.numel() * inner.element_size() for inner in inner_tensors(tensor))

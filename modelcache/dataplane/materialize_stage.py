@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -16,10 +15,11 @@ from modelcache.dataplane.materialize_files import (
     FileBytes,
     FileProblemError,
     Headers,
-    Wanted,
-    batches,
     find_dat,
-    read_batch,
+    in_file_order,
+    new_tensor,
+    read_tensor,
+    reading,
 )
 from modelcache.dataplane.materialize_journal import Entry, Memory, Swap
 from modelcache.dataplane.materialize_plan import Plan, Unit
@@ -99,9 +99,9 @@ class Stager:
         total_bytes += sum(size_bytes(unit.tensor) for unit in self._plan.live if needs_move(unit, self._target))
         done_bytes = 0
         self._staged.tensors = {unit: unit.tensor for unit in self._plan.live}
-        # The device context shields from a default device of meta, in which the caller may well be.
-        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-            for unit in self._each():
+        # Closed here and not when somebody drops the error: until then workers would go on reading.
+        with torch.inference_mode(False), torch.no_grad(), closing(self._each()) as units:
+            for unit in units:
                 done_bytes += size_bytes(unit.tensor)
                 if report is not None:
                     report(done_bytes, total_bytes, unit.name)
@@ -120,15 +120,20 @@ class Stager:
     def _plan_device(self, names: tuple[str, ...]) -> torch.device:
         return next(unit.tensor.device for unit in self._plan.live if unit.name == names[0])
 
-    def _each(self) -> Iterator[Unit]:
+    def _each(self) -> Generator[Unit]:
         """Stage unit after unit."""
-        yield from self._from_memory([unit for unit in self._plan.loads if isinstance(unit.found, state.KeptTensor)])
-        for unit in self._plan.loads:
-            if isinstance(unit.found, state.KeptElsewhere):
-                self._finish(unit, _ask(unit, unit.found).to(self._target))
-                yield unit
-        yield from self._from_files([unit for unit in self._plan.loads if isinstance(unit.found, FileBytes)])
-        yield from self._live([unit for unit in self._plan.live if needs_move(unit, self._target)])
+        loads, live = self._plan.loads, self._plan.live
+        # The device context shields from a default device of meta, in which the caller may well be. It costs time for
+        # every call of torch, so it is left out where every device is named, which is where there are many tensors.
+        with torch.device("cpu"):
+            yield from self._from_memory([unit for unit in loads if isinstance(unit.found, state.KeptTensor)])
+            for unit in loads:
+                if isinstance(unit.found, state.KeptElsewhere):
+                    self._finish(unit, _ask(unit, unit.found).to(self._target))
+                    yield unit
+        yield from self._from_files([unit for unit in loads if isinstance(unit.found, FileBytes)])
+        with torch.device("cpu"):
+            yield from self._live([unit for unit in live if needs_move(unit, self._target)])
 
     def _from_memory(self, units: Sequence[Unit]) -> Iterator[Unit]:
         alone: list[Unit] = []
@@ -153,26 +158,34 @@ class Stager:
             yield unit
 
     def _from_files(self, units: Sequence[Unit]) -> Iterator[Unit]:
-        wanted: list[Wanted] = []
-        for key, unit in enumerate(units):
-            place = unit.found
-            assert isinstance(place, FileBytes)
-            stride = _stride_for(unit.tensor, place.shape)
-            wanted.append(Wanted(key, place, unit.tensor.dtype, stride))
-        for key, value in _read_all(batches(wanted), self._num_workers):
-            unit = units[key]
-            if isinstance(value, FileProblemError):
-                raise MaterializeError((unit.name,), str(value)) from value
-            self._finish(unit, value.to(self._target))
-            yield unit
+        made: dict[int, torch.Tensor] = {}
+
+        def wanted() -> Iterator[tuple[int, FileBytes, torch.Tensor]]:
+            # Memory is made shortly before it is filled: what waits for a slow target must not fill the RAM.
+            for position, place in in_file_order([_place(unit) for unit in units]):
+                placeholder = units[position].tensor
+                made[position] = new_tensor(place.shape, placeholder.dtype, stride_for(placeholder, place.shape))
+                yield position, place, made[position]
+
+        try:
+            with closing(reading(wanted(), self._num_workers)) as pieces:
+                for position in (segment.position for piece in pieces for segment in piece if segment.is_last):
+                    self._finish(units[position], made.pop(position).to(self._target))
+                    yield units[position]
+        except FileProblemError as problem:
+            raise MaterializeError((units[problem.position].name,), str(problem)) from problem
 
     def _finish(self, unit: Unit, value: torch.Tensor) -> None:
         slot = unit.slots[0]
-        if not slot.is_parameter:
+        if unit.carriers:
+            self._staged.tensors[unit] = unit.tensor
+            self._staged.memory[unit] = _pointed_at(unit.tensor, value)
+        elif not slot.is_parameter:
             self._staged.tensors[unit] = as_buffer(value, unit.tensor)
         elif is_bitsandbytes(unit.tensor):
             try:
-                parameter = as_quantized(value, unit.tensor, unit.weights, unit.key, fetch)
+                with torch.device("cpu"):
+                    parameter = as_quantized(value, unit.tensor, unit.weights, unit.key, fetch)
             except FileProblemError as problem:
                 raise MaterializeError((unit.name,), f"its quantization statistics: {problem}") from problem
             self._staged.tensors[unit] = parameter
@@ -196,10 +209,19 @@ class Stager:
             yield unit
         plain_units = [(unit, unit.tensor.detach()) for unit in units if not is_wrapper(unit.tensor)]
         for unit, data in relocated(plain_units, self._target):
-            grad = unit.tensor.grad
-            moved_grad = None if grad is None else grad.to(self._target)
-            self._staged.memory[unit] = Memory(unit.tensor, unit.tensor.data, data, grad, moved_grad)
+            self._staged.memory[unit] = _pointed_at(unit.tensor, data)
             yield unit
+
+
+def _pointed_at(tensor: torch.Tensor, data: torch.Tensor) -> Memory:
+    """The same object with other memory, to which its gradient follows."""
+    grad = tensor.grad
+    return Memory(tensor, tensor.data, data, grad, None if grad is None else grad.to(data.device))
+
+
+def _place(unit: Unit) -> FileBytes:
+    assert isinstance(unit.found, FileBytes)
+    return unit.found
 
 
 def _kept_tensor(unit: Unit) -> torch.Tensor:
@@ -241,18 +263,14 @@ def fetch(kept: state.Kept, headers: Headers | None = None) -> torch.Tensor:
             place = (headers or Headers()).find(path, name, dtype)
         case state.KeptInDat(path=path, dtype=dtype, shape=shape):
             place = find_dat(path, dtype, shape)
-    wanted = Wanted(0, place, place.cast or place.dtype, _contiguous(place.shape))
-    [(_, value)] = read_batch([wanted])
-    if isinstance(value, FileProblemError):
-        raise value
-    return value
+    return read_tensor(place)
 
 
-def _stride_for(placeholder: torch.Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+def stride_for(placeholder: torch.Tensor, shape: Sequence[int]) -> tuple[int, ...]:
     """The strides to give to data of this shape: the placeholder's, when every element has a place of its own."""
     if tuple(placeholder.shape) != tuple(shape) or placeholder.layout != torch.strided:
         return _contiguous(shape)
-    if torch.ops.aten.is_non_overlapping_and_dense(placeholder):
+    if placeholder.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(placeholder):
         return placeholder.stride()
     return _contiguous(shape)
 
@@ -263,27 +281,6 @@ def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
         stride.append(step)
         step *= max(size, 1)
     return tuple(reversed(stride))
-
-
-def _read_all(
-    pieces: Sequence[list[Wanted]], num_workers: int
-) -> Iterator[tuple[int, torch.Tensor | FileProblemError]]:
-    if num_workers == 1 or len(pieces) < 2:
-        for piece in pieces:
-            yield from read_batch(piece)
-        return
-    pool = ThreadPoolExecutor(min(num_workers, len(pieces)), thread_name_prefix="modelcache-read")
-    try:
-        ahead: deque[Future[list[tuple[int, torch.Tensor | FileProblemError]]]] = deque()
-        for piece in pieces:
-            # Only so far ahead: a target that takes its time must not fill the RAM with what waits for it.
-            if len(ahead) == 2 * num_workers:
-                yield from ahead.popleft().result()
-            ahead.append(pool.submit(read_batch, piece))
-        while ahead:
-            yield from ahead.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def relocated(

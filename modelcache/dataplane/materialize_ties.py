@@ -14,6 +14,7 @@ import torch
 
 from modelcache.dataplane import accelerate_state as state
 from modelcache.dataplane.materialize_plan import Plan, Unit
+from modelcache.dataplane.materialize_record import recorded_ties
 from modelcache.dataplane.materialize_slots import Slot, is_wrapper, join
 from modelcache.dataplane.materialize_stage import Staged
 from modelcache.errors import MaterializeError
@@ -49,7 +50,7 @@ def collect_claims(plan: Plan, tied_params: TiedNames | None) -> list[Claim]:
     """
     unit_of = {slot: unit for unit in plan.units() for slot in unit.slots}
     slots = plan.places.slots_by_name()
-    claims = [*_ordered(tied_params, slots, unit_of), *_listed(plan, slots, unit_of)]
+    claims = [*_ordered(tied_params, slots, unit_of), *_recorded(plan, slots, unit_of), *_listed(plan, slots, unit_of)]
     return [*claims, *_flagged(plan, slots, unit_of)] if plan.trusts_ties else claims
 
 
@@ -62,6 +63,12 @@ def _ordered(tied_params: TiedNames | None, slots: Mapping[str, Slot], unit_of: 
         if unknown:
             raise ValueError(f"tied_params: the model has no tensor {unknown[0]!r}")
         yield Claim(_unique(unit_of[slots[name]] for name in group if slots[name] in unit_of), is_order=True)
+
+
+def _recorded(plan: Plan, slots: Mapping[str, Slot], unit_of: Mapping[Slot, Unit]) -> Iterator[Claim]:
+    """What `modelcache.dispatch_model` saw before it let accelerate take the weights."""
+    for tied in recorded_ties(plan.places, slots):
+        yield Claim(_unique(unit_of[slot] for slot in tied if slot in unit_of))
 
 
 def _listed(plan: Plan, slots: Mapping[str, Slot], unit_of: Mapping[Slot, Unit]) -> Iterator[Claim]:

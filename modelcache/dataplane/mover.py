@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -40,6 +41,9 @@ from modelcache.errors import (
 )
 from modelcache.move import KeptWritten, LoadedFacts, Move, Moved, MoveKind, PartFacts, Residency
 from modelcache.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from modelcache.dataplane.dispatched import Dispatch
 
 Progress = Callable[[str, int, int], None]
 
@@ -106,11 +110,11 @@ class TorchMover:
         self._require_new(spec)
         started = self._now_s()
         with _words_of_loader(spec):
-            built = self._run_loader(spec)
+            built, dispatch = self._run_loader(spec)
             with self._admitting, _plain_tensors():
                 self._require_open()
                 self._require_new(spec)
-                model = self._admission.admit(spec, built, lambda: list(self._parts.values()))
+                model = self._admission.admit(spec, built, lambda: list(self._parts.values()), dispatch)
                 model.settle_in(self._device.torch_device, self._device.holds_copies)
                 self._models[spec.name] = model
                 self._parts.update({part.id: part for part in model.parts})
@@ -119,6 +123,7 @@ class TorchMover:
             concurrency=adapters.default_concurrency(built.model),
             type_name=adapters.type_name(built.model),
             seconds=self._now_s() - started,
+            onload_bytes=0 if model.dispatch is None else model.dispatch.onload_bytes,
         )
 
     def move(self, move: Move, progress: Progress | None = None) -> Moved | KeptWritten:
@@ -222,14 +227,18 @@ class TorchMover:
 
     # --- loading ---
 
-    def _run_loader(self, spec: ModelSpec) -> Built:
+    def _run_loader(self, spec: ModelSpec) -> tuple[Built, Dispatch | None]:
         if self._build is None:
             from modelcache.dataplane.loaders import build
 
             self._build = build
         built = self._build(spec)
-        _materialize(built)
-        return built
+        if not _is_dispatched(built):
+            return built, None
+        from modelcache.dataplane.dispatched import take_over
+
+        taken = take_over(built.model, built.source, self._device, name=spec.name)
+        return Built(built.model, taken.source), taken.dispatch
 
     def _facts(self, part: Part) -> PartFacts:
         sizes = [segment.size_bytes for segment in part.image.segments]
@@ -240,6 +249,7 @@ class TorchMover:
             ram_bytes=tuple(blocks.charge_bytes(size) for size in sizes),
             image_bytes=ImageFiles.size_bytes(part.contents),
             readable=part.restorable_from_source,
+            offloaded=part.is_offloaded,
         )
 
     # --- moving ---
@@ -257,7 +267,9 @@ class TorchMover:
         try:
             for model in holders if move.check else ():
                 take_back(model, part, move)
-            return self._run(part, move, _teller(part, move, progress), then)
+            done = self._run(part, move, _teller(part, move, progress), then)
+            if done is None:
+                then()
         except BaseException as error:
             problem = _seen(error)
             # The part points at its old copies again; guards and devices follow it.
@@ -268,6 +280,7 @@ class TorchMover:
             if isinstance(error, torch.OutOfMemoryError):
                 raise self._out_of_memory(part, move) from error
             raise MoveError(part.model, source, target, problem) from error
+        return done
 
     def _run(self, part: Part, move: Move, tell: Callable[[int], None], then: Callable[[], None]) -> Done | None:
         match move.kind:
@@ -391,16 +404,16 @@ def _seen(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _materialize(built: Built) -> None:
-    """Make a dispatched model whole; tensors on meta that the source fills itself are left alone."""
+def _is_dispatched(built: Built) -> bool:
+    """Whether a library keeps tensors elsewhere; those on meta that the source fills itself are no sign of it."""
     try:
         modules = adapters.modules_of(built.model).values()
     except TypeError:
-        return  # no known kind of object; its admission says so in better words
+        return False  # no known kind of object; its admission says so in better words
     has_hooks = any("_hf_hook" in each.__dict__ for module in modules for each in module.modules())
     has_meta = any(tensor.is_meta for module in modules for tensor in (*module.parameters(), *module.buffers()))
-    if has_hooks or (has_meta and built.source is None):
-        from modelcache.dataplane.materialize import is_dispatched, materialize_meta_tensors
+    if not has_hooks and not (has_meta and built.source is None):
+        return False
+    from modelcache.dataplane.materialize import is_dispatched
 
-        if is_dispatched(built.model):
-            materialize_meta_tensors(built.model, "cpu", keep_dispatch=False)
+    return is_dispatched(built.model)

@@ -47,6 +47,7 @@ class Part:
         source: Where its bytes can be read again.
         lock: Held for the length of a move, and while a model joins or leaves. One thread holds several only in the
             order of their ids.
+        is_offloaded: The dispatch of its model keeps it off the device, if the model does not fit whole.
         policies: What an eviction does with writes, by model.
         members: The tensor objects, by ``id``.
         readers: The same, for each storage.
@@ -69,6 +70,7 @@ class Part:
     names: tuple[Mapping[str, View], ...]
     source: Source | None
     lock: AbstractContextManager[object]
+    is_offloaded: bool = False
     policies: dict[str, OnWrite] = field(default_factory=dict)
     members: dict[int, Member] = field(default_factory=dict)
     readers: list[list[Member]] = field(default_factory=list)
@@ -218,7 +220,8 @@ def point(member: Member, copy: Copy | None) -> None:
 def _swap(tensor: torch.Tensor, data: torch.Tensor) -> None:
     """Give a tensor on ``meta`` real data: torch refuses `.data` from there, but can exchange what two objects are."""
     is_parameter = isinstance(tensor, torch.nn.Parameter)
-    real = torch.nn.Parameter(data, requires_grad=tensor.requires_grad) if is_parameter else data.detach()
+    # Calling a subclass would run its constructor, of which we know nothing.
+    real = torch.Tensor._make_subclass(type(tensor), data, tensor.requires_grad) if is_parameter else data.detach()
     vars(real).update(vars(tensor))
     torch.utils.swap_tensors(tensor, real)  # type: ignore[no-untyped-call]
 

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook, disk_offload, dispatch_model
-from accelerate.hooks import AlignDevicesHook, LayerwiseCastingHook, ModelHook, SequentialHook, add_hook_to_module
+from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
-from dispatched import ACCELERATOR, SPLIT, Holder, Tied, Tiny, X, leftovers
+from dispatched import ACCELERATOR, DISK_ONLY, SPLIT, Holder, Tied, Tiny, X, built_by_accelerate, leftovers
 from torch import nn
 
 from modelcache.dataplane import accelerate_state as state
@@ -52,16 +52,23 @@ def test_placing_hooks_are_told_from_others():
     assert state.places_tensors(AlignDevicesHook())
     cpu_offload_with_hook(model := Tiny(), ACCELERATOR)
     assert state.places_tensors(state.own_hook(model))
-    casting = LayerwiseCastingHook(torch.float16, torch.float32, non_blocking=False)
-    for hook in (ModelHook(), casting):
-        assert not state.places_tensors(hook)
-        assert not state.is_unknown_offloader(hook)
+    assert not state.places_tensors(ModelHook())
+    assert not state.is_unknown_offloader(ModelHook())
 
     class CustomOffloadHook(ModelHook):
         pass
 
     assert state.is_unknown_offloader(CustomOffloadHook())
     assert not state.is_unknown_offloader(AlignDevicesHook(offload=True))
+
+
+@built_by_accelerate("1.7", "has no hook for layerwise casting")
+def test_a_casting_hook_is_nobody_who_places():
+    from accelerate.hooks import LayerwiseCastingHook
+
+    casting = LayerwiseCastingHook(torch.float16, torch.float32, non_blocking=False)
+    assert not state.places_tensors(casting)
+    assert not state.is_unknown_offloader(casting)
 
 
 def test_kept_weights_in_ram_are_found_with_the_memory_they_have(split):
@@ -126,7 +133,7 @@ def test_a_preloaded_class_covers_its_subtree():
 
 def test_flags_of_ties_are_read(tmp_path):
     model = Tied()
-    dispatch_model(model, {"embed": "disk", "mid": "disk", "head": "disk"}, offload_dir=tmp_path)
+    dispatch_model(model, {"embed": "disk", "mid": "disk", "head": "disk"}, offload_dir=tmp_path, **DISK_ONLY)
     (embed,), (head,) = state.offloads_of(model.embed), state.offloads_of(model.head)
     assert embed.tied_names == head.tied_names == {"weight"}
     assert embed.tied_memory is head.tied_memory

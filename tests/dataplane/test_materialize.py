@@ -26,6 +26,7 @@ from accelerate.hooks import (
 from accelerate.utils import OffloadedWeightsLoader
 from dispatched import (
     ACCELERATOR,
+    DISK_ONLY,
     REFUSES,
     SPLIT,
     Holder,
@@ -38,6 +39,7 @@ from dispatched import (
     assert_same,
     assert_stuck,
     assert_whole,
+    built_by_accelerate,
     check_round,
     leftovers,
     meta_names,
@@ -242,7 +244,6 @@ def test_the_placeholders_dtype_wins_over_the_files(tmp_path):
 def test_every_dtype_of_an_offload_folder_comes_back_bit_exact(tmp_path):
     model = nn.Module()
     model.scalar = nn.Parameter(torch.tensor(1.5, dtype=torch.bfloat16))
-    model.eighth = nn.Parameter(torch.randn(3, 2).to(torch.float8_e4m3fn), requires_grad=False)
     model.brain = nn.Parameter(torch.randn(4, 6).bfloat16())
     model.empty = nn.Parameter(torch.empty(0, 4))
     model.pair = nn.Parameter(torch.randn(2, 2, dtype=torch.complex64))
@@ -250,12 +251,23 @@ def test_every_dtype_of_an_offload_folder_comes_back_bit_exact(tmp_path):
     model.register_buffer("count", torch.tensor(7))
     expected = state(model)
     disk_offload(model, tmp_path, ACCELERATOR, offload_buffers=True)
-    assert len(meta_names(model)) == 7
+    assert len(meta_names(model)) == 6
     materialize_meta_tensors(model)
     for name, tensor in expected.items():
         got = model.state_dict()[name]
         assert (got.dtype, got.shape) == (tensor.dtype, tensor.shape), name
         assert torch.equal(got.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+
+
+@built_by_accelerate("1.15", "cannot store fp8 in an offload folder")
+def test_fp8_in_an_offload_folder_comes_back_bit_exact(tmp_path):
+    eighth = torch.randn(3, 2).to(torch.float8_e4m3fn)
+    model = nn.ParameterDict({"eighth": nn.Parameter(eighth.clone(), requires_grad=False)})
+    disk_offload(model, tmp_path, ACCELERATOR)
+    assert meta_names(model) == ["eighth"]
+    materialize_meta_tensors(model)
+    assert model["eighth"].dtype == torch.float8_e4m3fn
+    assert torch.equal(model["eighth"].view(torch.uint8), eighth.view(torch.uint8))
 
 
 def test_strides_survive_the_disk(tmp_path):
@@ -275,7 +287,7 @@ def test_the_dtype_of_a_safetensors_index_is_obeyed(tmp_path):
         name: {"safetensors_file": str(tmp_path / "m.safetensors"), "weight_name": name, "dtype": "bfloat16"}
         for name, _ in model.named_parameters()
     }
-    dispatch_model(model, dict.fromkeys(SPLIT, "disk"), offload_index=index)
+    dispatch_model(model, dict.fromkeys(SPLIT, "disk"), offload_index=index, **DISK_ONLY)
     materialize_meta_tensors(model)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, source.get_parameter(name).bfloat16())
@@ -336,7 +348,7 @@ def test_the_memory_of_a_checkpoint_is_the_models_own(tmp_path):
         name: {"safetensors_file": str(path), "weight_name": name, "dtype": "float32"}
         for name, _ in model.named_parameters()
     }
-    dispatch_model(model, dict.fromkeys(SPLIT, "disk"), offload_index=index)
+    dispatch_model(model, dict.fromkeys(SPLIT, "disk"), offload_index=index, **DISK_ONLY)
     materialize_meta_tensors(model)
     assert path.name not in Path("/proc/self/maps").read_text()
     os.truncate(path, 16)

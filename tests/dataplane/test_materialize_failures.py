@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model, init_empty_weights
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, attach_align_device_hook
-from dispatched import ACCELERATOR, SPLIT, Tiny, X, assert_moves, assert_whole, meta_names, portrait, state
+from dispatched import ACCELERATOR, DISK_ONLY, SPLIT, Tiny, X, assert_moves, assert_whole, meta_names, portrait, state
 from safetensors.torch import save_file
 from torch import nn
 
@@ -201,7 +201,7 @@ def test_a_damaged_checkpoint_is_named_with_every_tensor(tmp_path, damage):
         name: {"safetensors_file": str(path), "weight_name": name, "dtype": "float32"}
         for name, _ in model.named_parameters()
     }
-    dispatch_model(model, dict.fromkeys(SPLIT, "disk"), offload_index=index)
+    dispatch_model(model, dict.fromkeys(SPLIT, "disk"), offload_index=index, **DISK_ONLY)
     before = portrait(model)
     match damage:
         case "cut":

@@ -24,6 +24,7 @@ from dispatched import (
     check_round,
     meta_names,
     portrait,
+    runs_offloaded_ties,
     state,
 )
 from torch import nn
@@ -81,6 +82,7 @@ def test_a_restored_model_refuses_to_move_again_and_knows_its_map(model):
         model.to("cpu")
 
 
+@runs_offloaded_ties
 def test_a_tied_model_is_restored_and_made_whole_again(tmp_path):
     model = Tied().eval()
     output = model(IDS)
@@ -380,6 +382,7 @@ def test_an_object_that_cannot_be_hashed_is_made_whole(model):
         materialize_meta_tensors(object())
 
 
+@runs_offloaded_ties
 def test_a_model_made_in_inference_mode_is_made_whole_and_restored(tmp_path):
     with torch.inference_mode():
         model = Tied().eval()

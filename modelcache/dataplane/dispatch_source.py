@@ -1,0 +1,70 @@
+"""The files that a dispatch keeps weights in, as a source to fill parts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from modelcache.dataplane.materialize_files import FileBytes, FileProblemError, read_into
+from modelcache.dataplane.materialize_record import Mark, mark_of
+from modelcache.dataplane.source import Source
+from modelcache.errors import WeightsError
+
+Report = Callable[[int], None]
+
+
+class DispatchSource:
+    """Reads each tensor from where its dispatch has it, straight into the target.
+
+    Args:
+        places: By full tensor name.
+        marks: What tensors held when they were dispatched, where that was recorded.
+        rest: For the tensors of the model that are in no file of the dispatch.
+        model_name: For errors.
+    """
+
+    def __init__(
+        self, places: Mapping[str, FileBytes], marks: Mapping[str, Mark], rest: Source | None, *, model_name: str
+    ) -> None:
+        self._places, self._marks, self._rest, self._model_name = places, marks, rest, model_name
+
+    def describe(self) -> str:
+        """The folder, or the first of several."""
+        return str(Path(next(iter(self._places.values())).path).parent)
+
+    def names(self) -> frozenset[str]:
+        """The tensors this source can fill."""
+        rest = frozenset() if self._rest is None else self._rest.names()
+        return rest.union(self._places)
+
+    def fill(self, targets: Mapping[str, torch.Tensor], report: Report | None = None) -> None:
+        """Read each named tensor into its target.
+
+        Raises:
+            WeightsError: A file is missing, damaged or changed since the model was loaded, or holds other weights than
+                the model was dispatched with.
+            LoaderError: The loader, called again for what is in no file, failed.
+        """
+        names = [name for name in targets if name in self._places]
+        try:
+            read_into([(self._places[name], targets[name]) for name in names], report)
+        except FileProblemError as problem:
+            name = names[problem.position or 0]
+            raise WeightsError(self._model_name, self._places[name].path, str(problem), name) from problem
+        for name in names:
+            self._check(name, targets[name])
+        others = {name: target for name, target in targets.items() if name not in self._places}
+        if others and self._rest is not None:
+            self._rest.fill(others, report)
+
+    def _check(self, name: str, tensor: torch.Tensor) -> None:
+        mark = self._marks.get(name)
+        if mark is None or mark.dtype != tensor.dtype or mark_of(tensor) == mark:
+            return
+        problem = (
+            "holds other weights than the model was dispatched with; load it again, into a folder of its own: "
+            "offload folders cannot be shared"
+        )
+        raise WeightsError(self._model_name, self._places[name].path, problem, name)
