@@ -180,8 +180,8 @@ def rounds(case: Case, methods: Mapping[str, Method]) -> dict[str, list[tuple[fl
     found: dict[str, list[tuple[float, int]]] = {name: [] for name in methods}
     names = list(methods)
     for number in range(ROUNDS):
-        for each in case.ranges:
-            with open(each.path, "rb") as file:
+        for path in by_file(case.ranges):
+            with open(path, "rb") as file:
                 while file.read(16 << 20):
                     pass
         for name in names[number % len(names) :] + names[: number % len(names)]:

@@ -227,6 +227,9 @@ class Wants:
         for part in m.books.parts_of(names):
             if part.covered_by != waiting.ticket:
                 continue
+            if tier is not m.books.top and not part.is_cold and part.flight is None:
+                part.covered_by = 0  # there already, before another part of the same model
+                continue
             mine = True
             if part.flight is None:
                 m.flights.bring_up(part, waiting, tier, reason)

@@ -7,6 +7,7 @@ contents differ is no tie either (transformers lists ties that a checkpoint brok
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ TiedNames = Sequence[Sequence[str]] | Mapping[str, str]
 
 
 def collect_claims(plan: Plan, tied_params: TiedNames | None) -> list[Claim]:
-    """All evidence, the strongest first.
+    """All evidence, the strongest first; with a warning when accelerate has mixed up its own.
 
     Args:
         plan: The model.
@@ -51,7 +52,20 @@ def collect_claims(plan: Plan, tied_params: TiedNames | None) -> list[Claim]:
     unit_of = {slot: unit for unit in plan.units() for slot in unit.slots}
     slots = plan.places.slots_by_name()
     claims = [*_ordered(tied_params, slots, unit_of), *_recorded(plan, slots, unit_of), *_listed(plan, slots, unit_of)]
-    return [*claims, *_flagged(plan, slots, unit_of)] if plan.trusts_ties else claims
+    if plan.trusts_ties:
+        return [*claims, *_flagged(plan, slots, unit_of)]
+    _warn_of_confusion(plan)
+    return claims
+
+
+def _warn_of_confusion(plan: Plan) -> None:
+    names = [unit.name for unit in plan.loads if unit.slots[0].is_parameter]
+    warnings.warn(
+        f"accelerate 1.14 and older mix up {len(names)} weights of this model, such as {', '.join(names[:3])}, because "
+        "tied ones are on disk: while it is dispatched, a forward can compute with wrong weights or fail. What is made "
+        "whole has the right ones; with accelerate 1.15 the dispatch has too",
+        stacklevel=4,
+    )
 
 
 def _ordered(tied_params: TiedNames | None, slots: Mapping[str, Slot], unit_of: Mapping[Slot, Unit]) -> Iterator[Claim]:

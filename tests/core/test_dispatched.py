@@ -8,7 +8,7 @@ from worlds import part, spec
 
 from modelcache.core.explain import explain
 from modelcache.core.machine import Budgets
-from modelcache.core.messages import Done, WantBudget, WantDown, WantGone
+from modelcache.core.messages import Done, WantBudget, WantCopy, WantDown, WantGone
 from modelcache.errors import ModelTooLargeError
 from modelcache.move import LoadedFacts, MoveKind, PartFacts
 from modelcache.spec import ModelSpec
@@ -169,6 +169,20 @@ def test_after_a_smaller_budget_it_runs_from_its_dispatch():
     assert scene.machine.books.models["big"].is_dispatched
     assert scene.machine.books.vram.resident_bytes == 5
     scene.check()
+
+
+@pytest.mark.parametrize("first", ["big.on", "big.off"])
+def test_prefetched_to_ram_its_parts_arrive_in_any_order(first):
+    scene = Scene(Budgets(ram=30, vram=6), dispatched("big", 3, (2, 2, 2), 2))
+    copy = scene.ask(WantCopy("big", Tier.RAM))
+    scene.do(("load", "big"))
+    scene.do(("move", first))
+    assert copy.answer is None
+    scene.settle()
+    assert isinstance(copy.answer, Done)
+    assert scene.state("big") == "parked"
+    assert all(not part.covered_by for part in scene.machine.books.parts.values())
+    scene.use("big")
 
 
 def test_nothing_on_the_device_is_a_dispatch_too():

@@ -122,7 +122,7 @@ WORLDS = {
     "one runs from its dispatch": lambda: World(
         Budgets(ram=6, vram=3),
         {**three_models(1), "d": dispatched("d", on=1, off=3, onload=1)},
-        [(lease("a"), lease("d")), (lease("d"), lease("a")), (lease("d"),)],
+        [(lease("a"), lease("d")), (lease("d"), lease("a")), (WantCopy("d", Tier.RAM), lease("d"))],
         failures=1,
         cancels=1,
     ),

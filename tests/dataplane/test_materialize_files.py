@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import dispatch_model
+from dispatched import ACCELERATOR, SPLIT, Tiny, assert_stuck, assert_whole, portrait, state
 from safetensors.torch import save_file
 
 from modelcache.dataplane import materialize_files
-from modelcache.dataplane.materialize_files import FileBytes, FileProblemError, Headers, find_dat, read_into
+from modelcache.dataplane.materialize import materialize_meta_tensors
+from modelcache.dataplane.materialize_files import FileBytes, FileProblemError, Headers, find_dat, read_into, reading
+from modelcache.errors import MaterializeError
 
 LARGE = (3 << 20) + 7  # elements; with 4 bytes each more than what is converted at once
 
@@ -251,6 +255,39 @@ def test_an_error_of_the_report_ends_the_work_with_no_thread_left(tmp_path, monk
     assert not targets[-1].any()  # far behind the interruption
 
 
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_memory_is_asked_for_only_a_little_ahead_of_what_was_taken(tmp_path, monkeypatch, num_workers):
+    monkeypatch.setattr(materialize_files, "_PIECE_BYTES", 16)
+    places = list(stored(tmp_path, {f"t{i}": numbers(4) for i in range(100)}).values())
+    asked: list[int] = []
+
+    def wanted():
+        for position, place in enumerate(places):
+            asked.append(position)
+            yield position, place, torch.empty(4)
+
+    taken = 0
+    for piece in reading(wanted(), num_workers):
+        assert len(asked) - taken <= 2 * num_workers + 2
+        taken += len(piece)
+    assert taken == len(asked) == 100
+
+
+def test_tensors_are_complete_when_the_last_of_their_segments_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(materialize_files, "_PIECE_BYTES", 10)
+    monkeypatch.setattr(materialize_files, "_CONVERT_BYTES", 12)
+    sources = {"a": numbers(9), "none": numbers(0, 2), "b": numbers(3, 5), "c": numbers(7)}
+    places = stored(tmp_path, sources)
+    targets = [torch.full((9,), -1.0), torch.empty(0, 2), torch.full((5, 3), -1.0).t(), torch.zeros(7).double()]
+    wanted = [(i, place, target) for i, (place, target) in enumerate(zip(places.values(), targets, strict=True))]
+    complete = []
+    for segment in (segment for piece in reading(wanted, num_workers=2) for segment in piece):
+        if segment.is_last:
+            complete.append(segment.position)
+            assert torch.equal(targets[segment.position].float(), list(sources.values())[segment.position])
+    assert complete == [0, 1, 2, 3]
+
+
 def rewrite(path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
@@ -368,3 +405,47 @@ def test_no_descriptor_stays_open(tmp_path):
         with pytest.raises(FileProblemError):
             read_into([(FileBytes(places["t0"].path, 10**6, torch.float32, (4,)), torch.empty(4))])
     assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+@pytest.fixture
+def on_disk(tmp_path):
+    model = Tiny()
+    before = state(model)
+    dispatch_model(model, SPLIT | {"linear1": "disk"}, main_device=ACCELERATOR, offload_dir=tmp_path)
+    return model, before
+
+
+def test_a_model_whose_files_change_while_it_is_made_whole_stays_as_it_was(on_disk, tmp_path, monkeypatch):
+    monkeypatch.setattr(materialize_files, "_PIECE_BYTES", 1)
+    model, before = on_disk
+    was = portrait(model)
+    keep = {path: path.read_bytes() for path in tmp_path.glob("*.dat")}
+
+    def change(done_bytes, total_bytes, name):
+        for path in keep:
+            rewrite(path)
+
+    with pytest.raises(MaterializeError, match="was written to") as caught:
+        materialize_meta_tensors(model, num_workers=1, progress=change)
+    assert len(caught.value.names) == 1
+    assert f"{caught.value.names[0]}.dat" in str(caught.value)
+    assert portrait(model) == was
+    assert_stuck(model)
+    for path, content in keep.items():
+        path.write_bytes(content)
+    materialize_meta_tensors(model)
+    assert_whole(model, before)
+
+
+def test_a_model_that_was_interrupted_leaves_no_reader_behind(on_disk, monkeypatch):
+    monkeypatch.setattr(materialize_files, "_PIECE_BYTES", 1)
+    model, before = on_disk
+
+    def interrupt(done_bytes, total_bytes, name):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as held:
+        materialize_meta_tensors(model, progress=interrupt)
+    assert not any(thread.name.startswith("modelcache-read") for thread in threading.enumerate()), held
+    materialize_meta_tensors(model)
+    assert_whole(model, before)

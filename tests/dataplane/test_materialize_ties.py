@@ -1,5 +1,7 @@
 """Which weights were one tensor before the dispatch, and which only look like it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
@@ -130,6 +132,8 @@ def test_the_confused_tie_record_of_an_older_accelerate_ties_nothing(tmp_path):
         module._hf_hook.tied_params_map[0] = {ACCELERATOR: mixed_up}
         module._hf_hook.tied_params_names = {"weight", "bias"}
         module._parameters["bias"] = mixed_up
-    materialize_meta_tensors(model)
+    with pytest.warns(UserWarning, match=r"1\.14 and older mix up 6 weights .* such as 0\.weight, ") as caught:
+        materialize_meta_tensors(model)
+    assert [Path(warning.filename) for warning in caught] == [Path(__file__)]
     assert_whole(model, expected)
     assert len({id(parameter) for parameter in model.parameters()}) == 6
