@@ -7,6 +7,7 @@ keeps in RAM moves into the part, and the dispatch is pointed at it there. So RA
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -204,13 +205,12 @@ def _dispatch(
     orphan = next((slot.names[0] for unit in plan.loads for slot in unit.slots if slot.module not in brought), None)
     if orphan is not None:
         return None, f"no hook brings {orphan!r} in"
-    live = {id(unit.tensor) for unit in plan.live}
-    return Dispatch(
-        swaps,
-        {id(tensors[unit]): tensors[unit] for unit in plan.loads if id(tensors[unit]) not in live},
-        mapped,
-        _most_at_once(offloads, sizes),
-    ), ""
+    live = {id(unit.tensor): unit.tensor for unit in plan.live}
+    offloaded = {id(tensors[unit]): tensors[unit] for unit in plan.loads if id(tensors[unit]) not in live}
+    if not any(tensor.numel() for tensor in live.values()):
+        # Something must tell a model that is parked from one that runs: what it has on the device.
+        offloaded.pop(min(offloaded, key=lambda key: size_bytes(offloaded[key]) or sys.maxsize))
+    return Dispatch(swaps, offloaded, mapped, _most_at_once(offloads, sizes)), ""
 
 
 def _brought_in(offloads: Mapping[torch.nn.Module, Sequence[state.Offload]]) -> set[torch.nn.Module]:

@@ -175,7 +175,7 @@ def read_into(
 
     A tensor of the file's dtype without gaps is read in place, with no other memory. Any other is converted by way of
     a few megabytes for each worker: from the file's dtype to the place's `cast`, from there to the tensor's dtype.
-    Writing does not count as a change of the tensor for autograd.
+    Autograd takes no note of it; whether it raises a tensor's version is not said.
 
     Args:
         wanted: Where each tensor's bytes are, and the tensor on the CPU that gets them, of the same shape.
@@ -346,8 +346,8 @@ def _read_segments(descriptor: int, segments: Iterable[Segment]) -> None:
 
 
 def _convert(descriptor: int, segment: Segment) -> None:
-    # Both modes are per thread, and this may be the caller's.
-    with torch.inference_mode(False), torch.no_grad():
+    # The one mode in which tensors made inside and outside of it may both be written to.
+    with torch.inference_mode():
         raw = new_tensor(segment.target.shape, segment.place.dtype)
         if segment.size_bytes:
             _fill(descriptor, [replace(segment, memory=raw.view(-1).view(torch.uint8).numpy().data)])

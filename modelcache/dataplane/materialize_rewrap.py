@@ -27,6 +27,14 @@ def is_bitsandbytes(tensor: torch.Tensor) -> bool:
     return type(tensor).__name__ in {"Int8Params", "Params4bit", "FP4Params"}
 
 
+def device_of_scales(module: torch.nn.Module) -> torch.device | None:
+    """Where HQQ keeps what belongs to the weight of a module beside its tensors; `None` for every other module."""
+    scales = vars(module).get("meta")
+    if isinstance(scales, dict) and any(base.__name__ == "HQQLinear" for base in type(module).__mro__):
+        return next((value.device for value in scales.values() if isinstance(value, torch.Tensor)), None)
+    return None
+
+
 def bitsandbytes_problem(placeholder: torch.Tensor, weights: Mapping[str, Any], key: str) -> str | None:
     """Why a quantized weight could not be rebuilt, in words; `None` when it can or is no such weight."""
     if is_packed(placeholder) and not _statistics_of_4bit(weights, key):

@@ -23,7 +23,14 @@ from modelcache.dataplane.materialize_files import (
 )
 from modelcache.dataplane.materialize_journal import Entry, Memory, Swap
 from modelcache.dataplane.materialize_plan import Plan, Unit
-from modelcache.dataplane.materialize_rewrap import as_buffer, as_parameter, as_quantized, is_bitsandbytes, is_packed
+from modelcache.dataplane.materialize_rewrap import (
+    as_buffer,
+    as_parameter,
+    as_quantized,
+    device_of_scales,
+    is_bitsandbytes,
+    is_packed,
+)
 from modelcache.dataplane.materialize_slots import is_wrapper, size_bytes
 from modelcache.errors import MaterializeError
 
@@ -115,6 +122,18 @@ class Stager:
                 fixed,
                 f"bitsandbytes quantizes weights when they change device, so these cannot go to {self._target}; "
                 f"use target_device={str(self._plan_device(fixed))!r}",
+            )
+        parted = {
+            unit.name: device
+            for unit in (*self._plan.loads, *self._plan.live)
+            if unit.slots[0].key == "W_q"
+            and (device := device_of_scales(unit.slots[0].module)) not in (None, self._target)
+        }
+        if parted:
+            raise MaterializeError(
+                tuple(parted),
+                f"HQQ keeps the scales of these weights outside of the model's tensors, so they cannot go to "
+                f"{self._target} without them; use target_device={str(next(iter(parted.values())))!r}",
             )
 
     def _plan_device(self, names: tuple[str, ...]) -> torch.device:

@@ -228,6 +228,14 @@ def test_the_callers_modes_do_not_matter(tmp_path):
         target.add_(1)  # an inference tensor would refuse
 
 
+def test_tensors_made_in_inference_mode_are_filled_too(tmp_path):
+    place = stored(tmp_path, {"a": numbers(4, 5)})["a"]
+    with torch.inference_mode():
+        targets = [torch.zeros(4, 5), torch.zeros(5, 4).t(), torch.zeros(4, 5, dtype=torch.float16)]
+    read_into([(place, target) for target in targets])
+    assert all(torch.equal(target.float(), numbers(4, 5)) for target in targets)
+
+
 def test_reports_add_up_to_the_bytes_of_the_files(tmp_path, monkeypatch):
     monkeypatch.setattr(materialize_files, "_PIECE_BYTES", 100)
     sources = {f"t{i}": numbers(i, 7) for i in range(12)}

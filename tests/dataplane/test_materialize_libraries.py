@@ -2,7 +2,7 @@
 
 import copy
 import os
-from contextlib import closing
+from contextlib import closing, nullcontext
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from accelerate import cpu_offload
 from dispatched import (
     ACCELERATOR,
     IDS,
+    INSTALLED,
     NO_DATA,
     REFUSES,
     assert_same,
@@ -21,6 +22,7 @@ from dispatched import (
     skip_if_offloaded_ties_cannot_run,
     state,
 )
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -186,9 +188,13 @@ def test_a_gpt2_with_tied_head_becomes_whole(tmp_path, forwards):
         with torch.no_grad():
             model(IDS)
     assert_stuck(model)
-    materialize_meta_tensors(model)
+    is_confused = Version("1.15") > INSTALLED
+    with pytest.warns(UserWarning, match="1.14 and older mix up") if is_confused else nullcontext():
+        materialize_meta_tensors(model)
     assert_whole(model, state(source))
     assert model.lm_head.weight is model.transformer.wte.weight
+    # These two are equal, and were taken away beside a real tie.
+    assert model.transformer.h[1].ln_1.weight is not model.transformer.h[1].ln_2.weight
 
 
 @can_be_all_on_disk
