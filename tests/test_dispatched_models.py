@@ -124,7 +124,7 @@ def is_dispatched(model: Net) -> bool:
 def weights_in_ram() -> set[int]:
     """The addresses of all live tensors of a layer's weight's size in RAM, whoever holds them."""
     gc.collect()
-    every = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    every = [each for each in gc.get_objects() if type(each) in (torch.Tensor, nn.Parameter)]
     return {each.data_ptr() for each in every if each.device.type == "cpu" and each.numel() == WIDTH * WIDTH}
 
 

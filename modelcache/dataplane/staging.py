@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from modelcache.dataplane.blocks import return_freed_heap
 from modelcache.dataplane.copies import Copy, NewCopies, Tiers
 from modelcache.dataplane.fingerprint import fingerprint
 from modelcache.dataplane.image import View, covered
@@ -19,6 +20,8 @@ from modelcache.dataplane.parts import Member, Part, point
 from modelcache.errors import MoveError, WeightsError
 
 log = logging.getLogger("modelcache.dataplane")
+
+_TRIM_BYTES = 64 << 20
 
 Tell = Callable[[int], None]
 
@@ -43,10 +46,16 @@ def fill(part: Part, new: NewCopies, tiers: Tiers, segments: Sequence[int], tell
     if from_meta:
         storages = [i for s in from_meta for i in part.image.segments[s].storages if part.readers[i][0].tensor.is_meta]
         _fill_from_source(part, new, storages, tell)
+    let_go = 0
     for segment in segments:
         if part.with_loader[segment]:
             copy = new.ram[segment] if segment in new.ram else new.add_ram(segment)
             _take_from_loader(part, copy, tiers, segment, tell)
+            let_go += part.image.segments[segment].size_bytes
+            if let_go >= _TRIM_BYTES:
+                # What the loader held is on the C library's heap, which keeps it: that much would exist twice.
+                return_freed_heap()
+                let_go = 0
     _check(part, new, segments)
 
 
