@@ -65,13 +65,16 @@ def alone(folder: Path, device: SimulatedDevice) -> None:
 
 
 def in_a_cache(folder: Path) -> None:
-    places = {**PLACES, "0": "cpu", "1": "cpu", "2": "cpu"}
-    model, answer = modelcache.dispatch_model(load(), places, offload_dir=folder), load()(ONES)
-    with ModelCache(device="simulated", vram="16MiB", ram="64MiB") as cache:
-        cache.register("split", lambda: model)  # accepted as it is, and made whole
-        print("the same answer:", torch.allclose(cache.get("split")(ONES).cpu(), answer, atol=1e-6))
-        print(cache.park("split"))
-        print("and again after parking:", torch.allclose(cache.get("split")(ONES).cpu(), answer, atol=1e-6))
+    answer = load()(ONES)
+    with ModelCache(device="simulated", vram="5MiB", ram="64MiB") as cache:  # too small for all of it
+        cache.register("split", lambda: modelcache.dispatch_model(load(), PLACES, offload_dir=folder))
+        cache.register("other", lambda: torch.nn.Linear(512, 2048))
+        for name in ("split", "other", "split"):
+            output = cache.get(name)(ONES).cpu()
+            print(cache)
+            if name == "split":
+                print("the same answer:", torch.allclose(output, answer, atol=1e-6))
+        print(cache.explain("split"))
 
 
 def main() -> None:

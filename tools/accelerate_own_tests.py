@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-from on_top import ROOT, download_source, environment, install_on_top, table, version_in, where_and_when
+from on_top import ROOT, download_source, environment, install_on_top, table, version_in, where_and_when, write_report
 
 FILES = ("test_big_modeling.py", "test_hooks.py", "test_modeling_utils.py")
 ACCELERATORS = ("none", "fake", "simulated")
@@ -75,7 +75,7 @@ def main() -> int:
     report = _report(version, pairs, worse)
     print(report)
     if options.write:
-        options.write.write_text(f"# {options.write.stem}\n\n{_command()}\n\n{report}\n", encoding="utf-8")
+        write_report(options.write, report)
     return 1 if worse else 0
 
 
@@ -198,10 +198,6 @@ def _skips(runs: Mapping[str, Run]) -> str:
         if all(run.outcomes.get(test) == "skipped" for run in runs.values())
     ]
     return "\n\n".join([table(("skipped because", *runs), rows), "Skipped in every run:", "\n".join(nowhere)])
-
-
-def _command() -> str:
-    return f"`python tools/accelerate_own_tests.py {' '.join(sys.argv[1:])}`".replace(" `", "`")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-from on_top import ROOT, environment, install_on_top, table, version_in, where_and_when
+from on_top import ROOT, environment, install_on_top, table, version_in, where_and_when, write_report
 
 VERSIONS = ("1.1.*", "1.10.*", "1.14.*", "1.15.*")
 _TESTS = ("test_accelerate_state.py", "test_materialize*.py")
@@ -42,8 +42,7 @@ def main() -> int:
     report = "\n\n".join([*parts, "\n".join(notes)]).rstrip()
     print(report)
     if options.write:
-        command = f"`python tools/accelerate_versions.py {' '.join(sys.argv[1:])}`"
-        options.write.write_text(f"# {options.write.stem}\n\n{command}\n\n{report}\n", encoding="utf-8")
+        write_report(options.write, report)
     return 1 if any(failed for _, _, failed, _ in rows) else 0
 
 

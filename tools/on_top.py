@@ -60,3 +60,10 @@ def table(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
     """A table in Markdown."""
     lines = [header, ("---",) * len(header), *rows]
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def write_report(path: Path, report: str) -> None:
+    """Write a report under its name, with the command that made it."""
+    script, *arguments = sys.argv
+    given = " ".join(path.name if argument == str(path) else argument for argument in arguments)
+    path.write_text(f"# {path.stem}\n\n`python tools/{Path(script).name} {given}`\n\n{report}\n", encoding="utf-8")

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from modelcache.dataplane.diffusers_state import offloads_groups
+
 # Attributes under which objects keep the device they believe to be on. Properties of these names are derived from the
 # tensors and follow by themselves; only what an object stores is set.
 _DEVICE_ATTRIBUTES = ("device", "_device", "_target_device", "target_device")
@@ -230,8 +232,7 @@ def _refusal_of_module(module: nn.Module) -> str | None:
         return "is sharded with FSDP; register an unsharded model"
     if kind.__name__ in {"DistributedDataParallel", "DataParallel"} and kind.__module__.startswith("torch.nn.parallel"):
         return f"is wrapped in {kind.__name__}; register the model inside it, its .module"
-    registry = module.__dict__.get("_diffusers_hook")
-    if any("group_offloading" in str(key) for key in getattr(registry, "hooks", {})):
+    if offloads_groups(module):
         return "offloads itself in groups (enable_group_offload); do not call that in the loader, the cache moves it"
     hook = module.__dict__.get("_hf_hook")
     if hook is not None and any(_comes_from(each, "diffusers") for each in (hook, *getattr(hook, "hooks", ()))):

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from modelcache.dataplane import accelerate_state
 from modelcache.dataplane.materialize_files import FileBytes, FileProblemError, Headers, read_tensor
 from modelcache.dataplane.materialize_journal import ABSENT, Entry, Swap
 
@@ -68,8 +67,6 @@ def problem_of(module: torch.nn.Module) -> str | None:
     missing = [name for owner, names in wanted if owner is not None for name in names if not hasattr(owner, name)]
     if missing:
         return f"is group offloaded by a diffusers that we do not know (no {missing[0]!r}); disable it first"
-    if any(accelerate_state.places_tensors(hook) for hook in accelerate_state.hooks_of(module)):
-        return "is offloaded by accelerate and by diffusers' groups at once; remove one of the two first"
     return None
 
 

@@ -25,7 +25,7 @@ from modelcache.dataplane.accelerate_state import (
 from modelcache.dataplane.diffusers_state import Carried, Groups
 from modelcache.dataplane.materialize_files import FileBytes, FileProblemError, Headers, find_dat, index_of
 from modelcache.dataplane.materialize_rewrap import bitsandbytes_problem, is_packed
-from modelcache.dataplane.materialize_slots import Places, Slot, is_wrapper, join
+from modelcache.dataplane.materialize_slots import Places, Slot, inner_tensors, is_wrapper, join
 
 Found = FileBytes | KeptTensor | KeptElsewhere
 
@@ -279,11 +279,17 @@ def _identity(unit: Unit) -> object | None:
     match unit.found:
         case FileBytes(path=path, offset=offset, size_bytes=size, cast=cast) if size:
             return path, offset, cast
-        case KeptTensor(tensor=tensor) if is_wrapper(tensor):
-            return id(tensor)
-        case KeptTensor(tensor=tensor) if tensor.numel() and tensor.layout == torch.strided:
-            return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, str(tensor.device)
+        case KeptTensor(tensor=tensor):
+            # A state dict detaches: of a wrapper it makes another object around the same inner tensors.
+            inner = [_memory(one) for one in inner_tensors(tensor)]
+            return tuple(inner) if any(inner) else None
     return None
+
+
+def _memory(tensor: torch.Tensor) -> object | None:
+    if not tensor.numel() or tensor.layout != torch.strided:
+        return None
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, str(tensor.device)
 
 
 def open_extra(extra: Any) -> list[Mapping[str, Any]]:

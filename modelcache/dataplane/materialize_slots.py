@@ -138,6 +138,11 @@ def _refuse_module(module: torch.nn.Module, path: str) -> None:
             )
     if problem := diffusers_state.problem_of(module):
         raise MaterializeError((), f"{where} {problem}")
+    hooks = accelerate_state.hooks_of(module)
+    if diffusers_state.offloads_groups(module) and any(map(accelerate_state.places_tensors, hooks)):
+        raise MaterializeError(
+            (), f"{where} is offloaded by accelerate and by diffusers' groups at once; remove one of the two first"
+        )
 
 
 def _refuse_tensor(slot: Slot) -> None:

@@ -1,4 +1,4 @@
-"""Models of transformers, peft, diffusers, bitsandbytes and torchao, dispatched by accelerate, made whole."""
+"""Models of transformers, peft and diffusers, dispatched by accelerate, made whole."""
 
 import copy
 import os
@@ -299,6 +299,87 @@ def test_a_pipeline_of_transformers_is_accepted_and_knows_its_device(tmp_path, s
     assert is_dispatched(pipe)
 
 
+def test_a_checkpoint_of_pickled_weights_is_read_from_where_transformers_stored_it_anew(tmp_path):
+    source = llama()
+    source.config.save_pretrained(tmp_path)
+    torch.save(source.state_dict(), tmp_path / "pytorch_model.bin")
+    model = type(source).from_pretrained(
+        tmp_path, device_map=LAYER_1_ON_DISK, offload_folder=str(tmp_path / "o"), use_safetensors=False
+    )
+    assert len(meta_names(model)) == 9
+    os.unlink(tmp_path / "pytorch_model.bin")
+    materialize_meta_tensors(model)
+    assert_whole(model, state(source))
+
+
+@pytest.mark.parametrize("offload_buffers", [False, True])
+def test_buffers_that_are_not_saved_stay_the_models_own(tmp_path, offload_buffers):
+    source = llama()
+    model = from_disk(source, tmp_path, ALL_ON_DISK, offload_buffers=offload_buffers)
+    frequencies = model.model.rotary_emb.inv_freq
+    materialize_meta_tensors(model)
+    assert_whole(model, state(source))
+    assert torch.equal(model.model.rotary_emb.inv_freq, source.model.rotary_emb.inv_freq)
+    assert frequencies.is_meta or model.model.rotary_emb.inv_freq is frequencies
+
+
+def test_weights_that_transformers_would_keep_wider_have_the_dtype_of_their_placeholder(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(
+        d_model=16, d_ff=24, num_layers=1, num_decoder_layers=1, num_heads=2, d_kv=8, vocab_size=32,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    source = T5ForConditionalGeneration(config).eval()
+    places = {"shared": "cpu", "encoder": "cpu", "decoder": "disk", "lm_head": "cpu"}
+    model = from_disk(source, tmp_path, places, dtype=torch.float16)
+    wide = model.encoder.block[0].layer[1].DenseReluDense.wo.weight
+    placeholder = model.decoder.block[0].layer[2].DenseReluDense.wo.weight
+    assert (wide.dtype, placeholder.is_meta) == (torch.float32, True)
+    materialize_meta_tensors(model)
+    weight = model.decoder.block[0].layer[2].DenseReluDense.wo.weight
+    assert weight.dtype == placeholder.dtype
+    assert torch.equal(weight, source.decoder.block[0].layer[2].DenseReluDense.wo.weight.to(weight.dtype))
+    assert model.encoder.block[0].layer[1].DenseReluDense.wo.weight is wide
+
+
+def test_what_transformers_refuses_on_a_dispatched_model_works_on_a_whole_one(tmp_path):
+    from accelerate import Accelerator
+    from transformers import FeatureExtractionPipeline
+
+    source = llama()
+    model = from_disk(source, tmp_path, LAYER_1_ON_DISK | {"lm_head": "disk"})
+    with pytest.raises(ValueError, match="accelerate"):
+        FeatureExtractionPipeline(model=model, tokenizer=object(), task="feature-extraction", device="cpu")
+    materialize_meta_tensors(model)
+    model.resize_token_embeddings(40)
+    assert model.lm_head.weight.shape == (40, 16)
+    assert torch.equal(model.lm_head.weight[:32], source.lm_head.weight)
+    assert Accelerator(cpu=True).prepare(model) is model
+    pipe = FeatureExtractionPipeline(model=model, tokenizer=object(), task="feature-extraction", device="cpu")
+    assert pipe.device == torch.device("cpu")
+
+
+def test_a_dispatched_part_of_another_model_loses_its_device_map_too(tmp_path):
+    class Whole(nn.Module):
+        def __init__(self, language, head):
+            super().__init__()
+            self.language, self.head = language, head
+
+    source = llama(tied=True)
+    model = Whole(from_disk(source, tmp_path, ALL_ON_DISK), nn.Linear(4, 4))
+    with torch.no_grad():
+        model.language(IDS)
+    assert model.language.hf_device_map
+    materialize_meta_tensors(model)
+    assert leftovers(model) == {}
+    assert_same(model.language.state_dict(), state(source))
+    assert model.language.lm_head.weight is model.language.model.embed_tokens.weight
+    restore_dispatch(model)
+    assert model.language.hf_device_map == ALL_ON_DISK
+
+
 # --- peft ---
 
 
@@ -312,6 +393,73 @@ def test_adapters_made_on_meta_are_named(tmp_path):
         materialize_meta_tensors(adapted)
     assert len(caught.value.names) == 2
     assert all(".layers.1." in name and "lora_" in name for name in caught.value.names)
+
+
+def test_adapters_made_on_meta_are_filled_from_where_their_data_is_said_to_be(tmp_path):
+    import peft
+
+    source = llama()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    expected = peft.get_peft_model(copy.deepcopy(source), config).eval()
+    save_file({name: t for name, t in expected.state_dict().items() if "lora_" in name}, tmp_path / "lora.safetensors")
+    adapted = peft.get_peft_model(from_disk(source, tmp_path / "m", LAYER_1_ON_DISK), config).eval()
+    adapted.load_state_dict(load_file(tmp_path / "lora.safetensors"), strict=False)  # what is on meta takes nothing
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    os.rename(tmp_path / "lora.safetensors", lora / "lora.safetensors")
+    materialize_meta_tensors(adapted, extra_sources=lora)
+    assert_same(adapted.state_dict(), state(expected))
+    with torch.no_grad():
+        assert torch.allclose(adapted(IDS).logits, expected(IDS).logits, atol=1e-5)
+
+
+def test_saved_adapters_are_loaded_onto_a_whole_model(tmp_path):
+    import peft
+
+    source = llama()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    expected = peft.get_peft_model(copy.deepcopy(source), config).eval()
+    expected.save_pretrained(tmp_path / "lora")
+    model = materialize_meta_tensors(from_disk(source, tmp_path / "m", LAYER_1_ON_DISK))
+    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "lora").eval()
+    assert_same(adapted.state_dict(), state(expected))
+
+
+def test_an_adapted_model_moves_through_its_wrapper(sim):
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(llama(), config).eval()
+    expected = state(adapted)
+    cpu_offload(adapted, ACCELERATOR)
+    with pytest.raises(NotImplementedError, match=NO_DATA):
+        adapted.to("sim:0")  # accelerate blocks only the model inside
+    materialize_meta_tensors(adapted)
+    adapted.to("sim:0")
+    assert {parameter.device.type for parameter in adapted.parameters()} == {"sim"}
+    adapted.to("cpu")
+    assert_same(adapted.state_dict(), expected)
+    restore_dispatch(adapted, on_modified="error")
+    with torch.no_grad():
+        assert adapted(IDS).logits.shape == (1, 3, 32)
+
+
+def test_adapters_added_and_merged_while_whole_stay_after_the_restore(tmp_path):
+    import peft
+
+    source = llama()
+    model = from_disk(source, tmp_path, LAYER_1_ON_DISK)
+    materialize_meta_tensors(model)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    merged = peft.get_peft_model(model, config).merge_and_unload()
+    assert merged is model
+    with torch.no_grad():
+        logits = model(IDS).logits
+    assert not torch.allclose(logits, source(IDS).logits, atol=1e-3)
+    restore_dispatch(model)
+    assert model.model.layers[1].self_attn.q_proj.weight.is_meta
+    with torch.no_grad():
+        assert torch.allclose(model(IDS).logits, logits, atol=1e-5)
 
 
 def test_adapters_put_on_a_whole_model_work(tmp_path):
@@ -388,87 +536,23 @@ def test_a_diffusers_pipeline_forgets_its_offloading_and_can_have_it_back(kind):
     assert len(pipe._all_hooks) == hooks
 
 
-# --- quantized and wrapped weights ---
+def test_a_pipeline_placed_by_a_device_map_is_free_of_it(tmp_path):
+    from diffusers import DDPMPipeline, DDPMScheduler
 
-
-@pytest.mark.parametrize("kind", ["8 bit", "4 bit"])
-def test_bitsandbytes_weights_get_their_statistics_back(kind):
-    import bitsandbytes as bnb
-
-    torch.manual_seed(0)
-    if kind == "8 bit":
-        layer = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
-    else:
-        layer = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32)
-    layer.load_state_dict(nn.Linear(64, 64).state_dict())
-    model = nn.Sequential(layer).eval().to("cpu")
-    inputs = torch.randn(2, 64)
-    with torch.no_grad():
-        output = model(inputs)
-    cpu_offload(model, ACCELERATOR)
-    assert meta_names(model)
-    materialize_meta_tensors(model)
-    assert not is_dispatched(model)
-    assert type(model[0].weight) is type(layer.weight)
-    with torch.no_grad():
-        assert torch.allclose(model(inputs), output, atol=1e-5)
-    if kind == "4 bit":
-        assert model[0].weight.quant_state is model[0].quant_state
-        assert not model[0].quant_state.absmax.is_meta
-
-
-@pytest.mark.parametrize(("key", "words"), [("SCB", "without its scales"), ("weight.absmax", "statistics")])
-def test_bitsandbytes_weights_without_statistics_are_refused_by_name(key, words):
-    import bitsandbytes as bnb
-
-    if key == "SCB":
-        layer = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
-    else:
-        layer = bnb.nn.Linear4bit(64, 64, quant_type="nf4")
-    layer.load_state_dict(nn.Linear(64, 64).state_dict())
-    model = nn.Sequential(layer).eval().to("cpu")
-    cpu_offload(model, ACCELERATOR)
-    weights = model[0]._hf_hook.weights_map.dataset
-    for name in [name for name in weights if key == "SCB" and "SCB" in name or key != "SCB" and "weight." in name]:
-        del weights[name]
-    before = portrait(model)
-    with pytest.raises(MaterializeError, match=words) as caught:
-        materialize_meta_tensors(model)
-    assert caught.value.names == ("0.weight",)
-    assert portrait(model) == before
-
-
-@can_offload_torchao
-@pytest.mark.parametrize("forwards", [0, 1])
-def test_torchao_weights_are_parameters_again(forwards):
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 64)).eval()
-    quantize_(model, Int8WeightOnlyConfig())
-    inputs = torch.randn(2, 64)
-    output = model(inputs)
-    cpu_offload(model, ACCELERATOR)
-    for _ in range(forwards):
-        model(inputs)
-    kind = type(model[0].weight)
-    materialize_meta_tensors(model)
-    assert not is_dispatched(model)
-    assert type(model[0].weight) is kind
-    assert isinstance(model[0].weight, nn.Parameter)
-    assert torch.allclose(model(inputs), output)
-
-
-@can_offload_torchao
-def test_plain_data_for_a_quantized_placeholder_is_refused_by_name():
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    model = nn.Sequential(nn.Linear(64, 64)).eval()
-    quantize_(model, Int8WeightOnlyConfig())
-    cpu_offload(model, ACCELERATOR)
-    model[0]._hf_hook.weights_map.dataset["0.weight"] = torch.zeros(64, 64)
-    before = portrait(model)
-    with pytest.raises(MaterializeError, match="before it was quantized") as caught:
-        materialize_meta_tensors(model)
-    assert caught.value.names == ("0.weight",)
-    assert portrait(model) == before
+    source = unet()
+    source.save_pretrained(tmp_path)
+    places = {name: "disk" if name == "up_blocks" else "cpu" for name, _ in source.named_children()}
+    model = type(source).from_pretrained(
+        tmp_path, device_map=places, offload_folder=str(tmp_path / "o"), low_cpu_mem_usage=True
+    )
+    pipe = DDPMPipeline(unet=model, scheduler=DDPMScheduler(num_train_timesteps=4))
+    pipe.hf_device_map = {"unet": "cpu"}
+    with pytest.raises(RuntimeError, match=REFUSES):
+        pipe.to("cpu")
+    materialize_meta_tensors(pipe)
+    assert_same(pipe.unet.state_dict(), state(source))
+    pipe.to(torch.float64)
+    pipe.to(torch.float32)
+    restore_dispatch(pipe, on_modified="error")
+    assert pipe.hf_device_map == {"unet": "cpu"}
+    assert is_dispatched(pipe)

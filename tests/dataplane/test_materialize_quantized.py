@@ -9,7 +9,7 @@ from contextlib import closing
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from dispatched import ACCELERATOR, IDS, assert_same, assert_whole, meta_names, portrait, state
+from dispatched import ACCELERATOR, assert_same, assert_whole, meta_names, portrait, state
 from safetensors.torch import save_file
 from torch import nn
 
@@ -89,6 +89,9 @@ def test_a_bitsandbytes_model_becomes_whole_is_restored_and_becomes_whole_again(
         assert not is_dispatched(model)
         assert type(model[0].weight) is type(weight)
         assert model[0].weight.dtype == weight.dtype
+        if kind != "int8":
+            assert model[0].weight.quant_state is model[0].quant_state
+            assert not model[0].quant_state.absmax.is_meta
         assert torch.allclose(run(model), output, atol=1e-5)
         model.to("cpu")
         assert torch.allclose(run(model), output, atol=1e-5)
@@ -102,6 +105,16 @@ def test_a_bitsandbytes_forward_in_between_changes_nothing(offload):
     offload(model)
     assert torch.allclose(run(model), output, atol=1e-5)
     assert torch.allclose(run(materialize_meta_tensors(model)), output, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "lost", "words"), [("int8", "SCB", "scales"), ("nf4", "weight.", "statistics")])
+def test_a_bitsandbytes_weight_without_what_belongs_to_it_is_refused(kind, lost, words):
+    model = bitsandbytes_model(kind)
+    cpu_offload(model, ACCELERATOR)
+    kept = model[0]._hf_hook.weights_map.dataset
+    for name in [name for name in kept if name.startswith(f"0.{lost}")]:
+        del kept[name]
+    assert_refused(model, ("0.weight",), f"without its .*{words}")
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
@@ -147,7 +160,11 @@ def test_the_bytes_of_a_torchao_weight_are_those_inside_it():
     model = torchao_model()
     cpu_offload(model, ACCELERATOR)
     plan = plan_materialize(model, copy="always")
-    assert plan.needed_bytes == 2 * (64 * 64 + 64 * 4 + 64 * 4)  # int8, a scale per row, the bias
+    names, _ = model[0].weight.__tensor_flatten__()
+    inner = [getattr(model[0].weight, name) for name in names]
+    weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in inner)
+    assert 64 * 64 < weight_bytes < 64 * 64 * 2
+    assert plan.needed_bytes == 2 * (weight_bytes + 64 * 4)
 
 
 def test_two_torchao_weights_that_were_one_are_one_again():
@@ -177,6 +194,13 @@ def test_a_torchao_model_that_accelerate_failed_to_store_is_whole(tmp_path):
     with pytest.raises(RuntimeError, match="numpy"):
         disk_offload(model, tmp_path, ACCELERATOR)
     assert torch.allclose(run(materialize_meta_tensors(model)), output)
+
+
+def test_plain_weights_in_ram_under_a_quantized_placeholder_are_refused():
+    model = torchao_model()
+    cpu_offload(model, ACCELERATOR)
+    model[0]._hf_hook.weights_map.dataset["0.weight"] = torch.zeros(64, 64)
+    assert_refused(model, ("0.weight",), "stored before it was quantized")
 
 
 def test_plain_weights_on_disk_under_quantized_placeholders_are_refused(tmp_path):
@@ -221,8 +245,8 @@ def test_a_model_that_transformers_quantized_while_loading_is_refused_for_what_i
 def hqq_model():
     hqq = pytest.importorskip("hqq.core.quantize")
     config = hqq.BaseQuantizeConfig(nbits=4, group_size=64)
-    linear = hqq.HQQLinear(layer(), config, compute_dtype=torch.float32, device="cpu")
-    linear.W_q.requires_grad_(False)
+    plain = layer().requires_grad_(False)  # accelerate could not store its bias otherwise
+    linear = hqq.HQQLinear(plain, config, compute_dtype=torch.float32, device="cpu")
     return nn.Sequential(linear).eval()
 
 
@@ -350,4 +374,3 @@ def test_a_layer_that_was_not_quantized_beside_one_that_was_becomes_whole(tmp_pa
     materialize_meta_tensors(model)
     assert_same(model["plain"].state_dict(), expected)
     assert torch.equal(run(model["quantized"]), output)
-    assert IDS.shape == (1, 3)
