@@ -19,11 +19,13 @@ from pathlib import Path
 
 import torch
 
+from modelcache.dataplane.fresh_pages import ask_for_pages
 from modelcache.errors import WeightsError
 from modelcache.headers import FileIdentity, Header, read_header, regular_file
 
 _PIECE_BYTES = 8 << 20  # what a worker reads before it reports
 _MAX_BUFFERS = 1024  # of one read; the system allows no more
+_PAGES_BYTES = 256 << 10  # what a worker reads with pages made for it before
 _CONVERT_BYTES = 4 << 20  # what a worker reads before it converts
 
 _DTYPES = {
@@ -334,15 +336,26 @@ def _read_piece(piece: Sequence[Segment]) -> None:
 def _read_segments(descriptor: int, segments: Iterable[Segment]) -> None:
     run: list[Segment] = []
     for segment in segments:
-        if run and (segment.memory is None or segment.offset != run[-1].offset + run[-1].size_bytes):
+        is_alone = segment.memory is None or segment.size_bytes > _PAGES_BYTES
+        if run and (is_alone or segment.offset != run[-1].offset + run[-1].size_bytes):
             _fill(descriptor, run)
             run = []
         if segment.memory is None:
             _convert(descriptor, segment)
+        elif is_alone:
+            _fill_fresh(descriptor, segment, segment.memory)
         elif segment.size_bytes:
             run.append(segment)
     if run:
         _fill(descriptor, run)
+
+
+def _fill_fresh(descriptor: int, segment: Segment, memory: memoryview) -> None:
+    """Read into memory that probably has no pages yet, which it gets a stretch at a time."""
+    for start in range(0, segment.size_bytes, _PAGES_BYTES):
+        part = memory[start : start + _PAGES_BYTES]
+        ask_for_pages(part)
+        _fill(descriptor, [replace(segment, offset=segment.offset + start, memory=part)])
 
 
 def _convert(descriptor: int, segment: Segment) -> None:

@@ -13,7 +13,7 @@ SAYS = {
     "01_get.py": "first is parked",
     "02_safetensors.py": "same answer after eviction: True",
     "03_asyncio.py": "20 answers",
-    "04_dispatched.py": "and again after parking: True",
+    "04_dispatched.py": "it runs from the dispatch it came with",
     "05_from_yaml.py": "did you mean 'policy'?",
     "06_test_your_app.py": "once the memory is back",
 }
