@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -42,6 +43,11 @@ class Net(nn.Module):
         for layer in self.layers:
             x = torch.tanh(layer(x))
         return self.head(self.norm(x))
+
+
+def plain(num_layers: int) -> nn.Sequential:
+    torch.manual_seed(7)
+    return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(num_layers))).eval()
 
 
 def places(*, device: int, ram: int) -> dict[str, str]:
@@ -130,7 +136,7 @@ def weights_in_ram() -> set[int]:
 
 def test_it_runs_from_its_dispatch_is_parked_by_another_and_comes_back(bench):
     bench.register()
-    bench.cache.register("other", lambda: nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(10))))
+    bench.cache.register("other", lambda: plain(10))
     expected = Net()(X)
     for _ in range(3):
         assert torch.allclose(bench.answer(), expected, atol=1e-6)
@@ -373,3 +379,60 @@ def test_explain_says_how_it_runs(bench):
     bench.register()
     bench.answer()
     assert "it does not fit whole, so it runs from the dispatch it came with" in bench.cache.explain("big")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_three_callers_and_an_operator_do_answers_and_bytes_are_right(tmp_path, seed):
+    bench = Bench(tmp_path, vram_layers=12, ram=1 << 20)
+    bench.register("one", 1, device=6, ram=5)
+    bench.register("two", 2, device=8, ram=0)
+    bench.cache.register("three", lambda: plain(8))
+    models = {"one": Net(1), "two": Net(2), "three": plain(8)}
+    expected = {name: model(X).detach() for name, model in models.items()}
+    failures = []
+
+    def use(chooser):
+        for _ in range(12):
+            name = chooser.choice(list(expected))
+            if not torch.allclose(bench.answer(name), expected[name], atol=1e-6):
+                failures.append(name)
+
+    def operate(chooser):
+        for _ in range(12):
+            name = chooser.choice(list(expected))
+            match chooser.randrange(5):
+                case 0:
+                    bench.cache.park(name, timeout=20)
+                case 1:
+                    bench.cache.evict(name, to="disk", timeout=20)
+                case 2:
+                    bench.cache.resize(vram=int(chooser.choice([10.5, 12, 18, 25]) * LAYER_BYTES))
+                case 3:
+                    bench.cache.prefetch(name, tier=chooser.choice(["ram", "vram"])).cancel()
+                case 4:
+                    bench.cache.free(vram=10 * LAYER_BYTES, timeout=20)
+
+    def run(work, number):
+        try:
+            work(random.Random(f"{seed} {number}"))
+        except Exception as error:  # said by the test's own thread
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(work, i)) for i, work in enumerate((use, use, use, operate))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with bench.cache:
+        assert not failures
+        bench.cache.resize(vram=12 * LAYER_BYTES)
+        bench.cache.free(vram=12 * LAYER_BYTES)
+        bench.check()
+        for name, i in (("one", 1), ("two", 2)):
+            bench.cache.prefetch(name, tier="ram").result(20)
+            assert_whole(bench.object_of(name), i)
+            bench.answer(name)
+            assert is_dispatched(bench.object_of(name))
+    gc.collect()
+    assert bench.device.allocated_bytes() == 0
+    assert bench.mover.live_ram_bytes == 0
