@@ -29,6 +29,8 @@ def built_by_accelerate(since: str, otherwise: str) -> pytest.MarkDecorator:
     )
 
 
+can_offload_torchao = built_by_accelerate("1.14", "cannot offload torchao's tensors")
+
 OFFLOADED_TIES = ("1.6", "fails in the forward of offloaded tied weights on the CPU")
 runs_offloaded_ties = built_by_accelerate(*OFFLOADED_TIES)
 

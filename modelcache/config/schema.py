@@ -192,8 +192,8 @@ class ModelSettings(Section):
     size: Bytes | None = Field(
         default=None,
         description=(
-            "Weights and buffers, a size, if you know it: with it the first load is planned like any other. A loader of "
-            "your own is called even if they exceed the VRAM budget: it may dispatch them. "
+            "Weights and buffers, a size, if you know it: with it the first load is planned like any other. "
+            "A loader of your own is called even if they exceed the VRAM budget: it may dispatch them. "
             "Default: read from the files' headers, or measured by the first load."
         ),
     )

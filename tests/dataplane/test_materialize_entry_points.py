@@ -16,6 +16,7 @@ from accelerate import (
 from accelerate.hooks import AlignDevicesHook, CpuOffload, add_hook_to_module
 from dispatched import (
     ACCELERATOR,
+    DISK_ONLY,
     IDS,
     SPLIT,
     Holder,
@@ -76,7 +77,7 @@ def test_an_index_is_read_into_ram_and_not_onto_the_device_of_its_loader(tmp_pat
         name: {"safetensors_file": str(path), "weight_name": name, "dtype": "float32"}
         for name, _ in model.named_parameters()
     }
-    dispatch_model(model, dict.fromkeys(SPLIT, "disk"), main_device="sim:0", offload_index=index)
+    dispatch_model(model, dict.fromkeys(SPLIT, "disk"), main_device="sim:0", offload_index=index, force_hooks=True)
     assert model.linear1._hf_hook.weights_map.dataset.device == "sim:0"
     held, seen = sim.allocated_bytes(), []
     materialize_meta_tensors(model, progress=lambda *_: seen.append(sim.allocated_bytes()))
@@ -129,7 +130,7 @@ def test_a_dispatch_that_accelerate_gave_up_leaves_a_model_that_becomes_whole(tm
     ):
         expected = state(model)
         try:
-            dispatch_model(model, places, offload_dir=tmp_path / error.__name__)
+            dispatch_model(model, places, offload_dir=tmp_path / error.__name__, **DISK_ONLY)
         except error:
             assert_same(materialize_meta_tensors(model).state_dict(), expected)
         else:
@@ -140,7 +141,7 @@ def test_a_dispatch_that_accelerate_gave_up_leaves_a_model_that_becomes_whole(tm
 @pytest.mark.parametrize("offload_buffers", [False, True])
 def test_a_checkpoint_dispatched_with_its_buffers_becomes_whole(tmp_path, offload_buffers):
     source = Tiny().eval()
-    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    save_file(source.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
     with init_empty_weights():
         model = Tiny().eval()
     load_checkpoint_and_dispatch(
@@ -269,7 +270,9 @@ def whole(model, x):
 def test_a_folder_of_a_model_of_another_shape_is_named(tmp_path):
     first, second = nn.Sequential(nn.Linear(3, 4)), nn.Sequential(nn.Linear(3, 5))
     for model in (first, second):
-        dispatch_model(model, {"0": "disk"}, offload_dir=tmp_path)  # the second keeps the index that it finds
+        dispatch_model(
+            model, {"0": "disk"}, offload_dir=tmp_path, **DISK_ONLY
+        )  # the second keeps the index that it finds
     before = portrait(second)
     with pytest.raises(MaterializeError, match=r"shape \(4, 3\), the model wants \(5, 3\)") as caught:
         materialize_meta_tensors(second)
@@ -280,7 +283,7 @@ def test_a_folder_of_a_model_of_another_shape_is_named(tmp_path):
 def test_a_folder_with_weights_of_the_same_shape_gives_what_the_dispatched_model_ran_with(tmp_path):
     first, second = nn.Sequential(nn.Linear(3, 4)), nn.Sequential(nn.Linear(3, 4))
     for model in (first, second):
-        dispatch_model(model, {"0": "disk"}, offload_dir=tmp_path)
+        dispatch_model(model, {"0": "disk"}, offload_dir=tmp_path, **DISK_ONLY)
     output = run(second)
     materialize_meta_tensors(second)
     assert torch.equal(run(second), output)
@@ -307,7 +310,7 @@ def test_a_tie_of_three_is_one_tensor_again_beside_equal_norms(tmp_path, places,
     model = Three().eval()
     expected, output = state(model), run(model, IDS)
     names = ["embed", "mid", "head", "third", "norms"]
-    dispatch_model(model, dict.fromkeys(names, places), main_device=ACCELERATOR, offload_dir=tmp_path)
+    dispatch_model(model, dict.fromkeys(names, places), main_device=ACCELERATOR, offload_dir=tmp_path, force_hooks=True)
     for _ in range(forwards):
         run(model, IDS)  # leaves addresses of freed memory in the record of ties
     materialize_meta_tensors(model)
@@ -324,7 +327,7 @@ def test_two_ties_of_equal_content_stay_two(tmp_path):
             linear.weight.fill_(1)
     model["b"].weight, model["d"].weight = model["a"].weight, model["c"].weight
     model.all_tied_weights_keys = {"b.weight": "a.weight", "d.weight": "c.weight"}
-    dispatch_model(model, dict.fromkeys("abcd", "disk"), offload_dir=tmp_path)
+    dispatch_model(model, dict.fromkeys("abcd", "disk"), offload_dir=tmp_path, **DISK_ONLY)
     materialize_meta_tensors(model)
     assert model["a"].weight is model["b"].weight
     assert model["c"].weight is model["d"].weight

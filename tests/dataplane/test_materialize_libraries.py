@@ -16,6 +16,7 @@ from dispatched import (
     assert_same,
     assert_whole,
     built_by_accelerate,
+    can_offload_torchao,
     leftovers,
     meta_names,
     portrait,
@@ -56,7 +57,6 @@ ALL_ON_DISK = dict.fromkeys(LAYER_1_ON_DISK, "disk")
 
 can_be_all_on_disk = built_by_accelerate("1.15", "refuses a map with everything on disk")
 runs_tied_on_disk = built_by_accelerate("1.15", "mixes up the weights of a forward when tied ones are on disk")
-can_offload_torchao = built_by_accelerate("1.14", "cannot offload torchao's tensors")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -312,6 +312,7 @@ def test_a_checkpoint_of_pickled_weights_is_read_from_where_transformers_stored_
     assert_whole(model, state(source))
 
 
+@can_be_all_on_disk
 @pytest.mark.parametrize("offload_buffers", [False, True])
 def test_buffers_that_are_not_saved_stay_the_models_own(tmp_path, offload_buffers):
     source = llama()
@@ -361,6 +362,7 @@ def test_what_transformers_refuses_on_a_dispatched_model_works_on_a_whole_one(tm
     assert pipe.device == torch.device("cpu")
 
 
+@can_be_all_on_disk
 def test_a_dispatched_part_of_another_model_loses_its_device_map_too(tmp_path):
     class Whole(nn.Module):
         def __init__(self, language, head):

@@ -9,7 +9,16 @@ from contextlib import closing
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from dispatched import ACCELERATOR, assert_same, assert_whole, meta_names, portrait, state
+from dispatched import (
+    ACCELERATOR,
+    DISK_ONLY,
+    assert_same,
+    assert_whole,
+    can_offload_torchao,
+    meta_names,
+    portrait,
+    state,
+)
 from safetensors.torch import save_file
 from torch import nn
 
@@ -135,6 +144,7 @@ def torchao_model():
     return model
 
 
+@can_offload_torchao
 @pytest.mark.parametrize("copies", ["auto", "always"])
 @pytest.mark.parametrize("forwards", [0, 1])
 def test_a_torchao_model_becomes_whole_is_restored_and_becomes_whole_again(forwards, copies):
@@ -156,6 +166,7 @@ def test_a_torchao_model_becomes_whole_is_restored_and_becomes_whole_again(forwa
         assert torch.allclose(run(model), output)
 
 
+@can_offload_torchao
 def test_the_bytes_of_a_torchao_weight_are_those_inside_it():
     model = torchao_model()
     cpu_offload(model, ACCELERATOR)
@@ -167,6 +178,7 @@ def test_the_bytes_of_a_torchao_weight_are_those_inside_it():
     assert plan.needed_bytes == 2 * (weight_bytes + 64 * 4)
 
 
+@can_offload_torchao
 def test_two_torchao_weights_that_were_one_are_one_again():
     model = torchao_model()
     model[1].weight = model[0].weight
@@ -176,6 +188,7 @@ def test_two_torchao_weights_that_were_one_are_one_again():
     assert model[1].weight is model[0].weight
 
 
+@can_offload_torchao
 def test_a_torchao_model_goes_to_the_accelerator_and_comes_back(sim):
     model = torchao_model()
     output = run(model)
@@ -203,6 +216,7 @@ def test_plain_weights_in_ram_under_a_quantized_placeholder_are_refused():
     assert_refused(model, ("0.weight",), "stored before it was quantized")
 
 
+@can_offload_torchao
 def test_plain_weights_on_disk_under_quantized_placeholders_are_refused(tmp_path):
     model, plain = torchao_model(), nn.Sequential(layer(0), layer(1))
     path = tmp_path / "m.safetensors"
@@ -210,10 +224,11 @@ def test_plain_weights_on_disk_under_quantized_placeholders_are_refused(tmp_path
     index = {
         name: {"safetensors_file": str(path), "weight_name": name, "dtype": "float32"} for name in plain.state_dict()
     }
-    dispatch_model(model, {"0": "disk", "1": "disk"}, offload_index=index)
+    dispatch_model(model, {"0": "disk", "1": "disk"}, offload_index=index, **DISK_ONLY)
     assert_refused(model, ("0.weight", "1.weight"), "stored before it was quantized")
 
 
+@can_offload_torchao
 def test_a_model_that_transformers_quantized_while_loading_is_refused_for_what_is_on_disk(tmp_path, monkeypatch):
     torchao = pytest.importorskip("torchao.quantization")
     from transformers import LlamaConfig, LlamaForCausalLM, TorchAoConfig

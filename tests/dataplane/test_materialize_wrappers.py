@@ -1,5 +1,7 @@
 """Dispatched models inside or around compiled, data-parallel, scripted, traced and parametrized modules."""
 
+import importlib
+
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
@@ -64,7 +66,10 @@ def test_a_compiled_model_is_the_same_model_as_its_original(tmp_path):
         assert meta_names(compiled) == []
 
 
-def test_a_data_parallel_model_becomes_whole(tmp_path):
+def test_a_data_parallel_model_becomes_whole(tmp_path, monkeypatch):
+    # Without an accelerator it moves nothing; other tests leave a simulated one in this process.
+    module = importlib.import_module("torch.nn.parallel.data_parallel")
+    monkeypatch.setattr(module, "_get_available_device_type", lambda: None)
     model = Tiny().eval()
     expected = state(model)
     dispatch_model(model, SPLIT, offload_dir=tmp_path)
