@@ -16,7 +16,6 @@ from dispatched import (
     assert_same,
     assert_whole,
     built_by_accelerate,
-    can_offload_torchao,
     leftovers,
     meta_names,
     portrait,
