@@ -41,7 +41,7 @@ def fresh():
 def test_exactly_the_pages_of_the_memory_are_made(fresh, begin, end, first, last):
     ask_for_pages(memoryview(fresh)[begin:end])
     assert resident_pages(fresh) == [first <= number <= last for number in range(16)]
-    assert not any(fresh)
+    assert not any(fresh[:])
 
 
 def test_what_the_memory_and_its_neighbours_hold_stays(fresh):

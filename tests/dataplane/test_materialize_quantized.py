@@ -209,6 +209,7 @@ def test_a_torchao_model_that_accelerate_failed_to_store_is_whole(tmp_path):
     assert torch.allclose(run(materialize_meta_tensors(model)), output)
 
 
+@can_offload_torchao
 def test_plain_weights_in_ram_under_a_quantized_placeholder_are_refused():
     model = torchao_model()
     cpu_offload(model, ACCELERATOR)
