@@ -15,6 +15,7 @@ from modelcache.core.ledger import Account
 from modelcache.core.machine import Budgets, Machine
 from modelcache.core.messages import (
     Asked,
+    Checked,
     CloseGate,
     Done,
     DropImage,
@@ -36,8 +37,10 @@ from modelcache.core.messages import (
     Refuse,
     Registered,
     RoomReturned,
+    StartCheck,
     StartLoad,
     StartMove,
+    Tick,
     Unload,
     UnwatchGate,
     Want,
@@ -129,6 +132,11 @@ class World:
         self.tickets = self.ticks = 0
         self.now_s = 0.0
         self.moved: list[Move] = []
+        #: The part that is looked at for writes, how often each was used, and how often it was when found clean.
+        self.looking: str | None = None
+        self.uses: dict[str, int] = {}
+        self.seen: dict[str, int] = {}
+        self.clean: dict[str, int] = {}
         for model_spec, _ in models.values():
             self.tell(Registered(model_spec))
 
@@ -144,6 +152,8 @@ class World:
         twin.notices = self.notices
         twin.tickets, twin.ticks, twin.now_s = self.tickets, self.ticks, self.now_s
         twin.moved = list(self.moved)
+        twin.looking, twin.uses = self.looking, dict(self.uses)
+        twin.seen, twin.clean = dict(self.seen), dict(self.clean)
         return twin
 
     # --- the driver's part ----------------------------------------------------------------------------------------
@@ -185,7 +195,14 @@ class World:
                 for name in self.machine.books.parts[move.part].models:
                     assert not self.gates[name].num_leases, f"{name} is moved under a lease"
                     assert self.gates[name].closed
+                self._require_look(move)
                 self.moves[move.part] = move
+            case StartCheck(name):
+                assert self.looking is None, "two parts are looked at at a time"
+                for model in self.machine.books.parts[name].models:
+                    assert not self.gates[model].num_leases
+                self.looking = name
+                self.seen[name] = self.uses.get(name, 0)
             case Grant(ticket, names):
                 caller = self._caller(ticket)
                 caller.ticket, caller.answer = 0, instruction
@@ -208,6 +225,12 @@ class World:
             case DropImage():
                 pass
 
+    def _require_look(self, move: Move) -> None:
+        """Whatever may have been written to is looked at before it is given up, unless its model is leaving."""
+        is_leaving = any(self.machine.books.models[n].is_leaving for n in self.machine.books.parts[move.part].models)
+        if move.kind is MoveKind.TRIM and not move.check and not is_leaving:
+            assert self.clean.get(move.part) == self.uses.get(move.part, 0), f"{move.part} may have been written to"
+
     def _caller(self, ticket: int) -> Caller:
         return next(caller for caller in self.callers if caller.ticket == ticket)
 
@@ -218,6 +241,7 @@ class World:
         gate.tick = self.ticks
         books = self.machine.books
         for part_id in books.models[name].parts:
+            self.uses[part_id] = self.uses.get(part_id, 0) + 1
             assert books.parts[part_id].is_up, f"{name} is leased although {part_id} is not up"
             assert books.parts[part_id].flight is None, f"{name} is leased although {part_id} is moving"
 
@@ -251,6 +275,12 @@ class World:
                 yield "fail load", name
         for name in self.going:
             yield "let go", name
+        if self.looking is not None:
+            yield "find clean", self.looking
+            if self.writes:
+                yield "find written", self.looking
+        if self.machine.checks.due and self.looking is None:
+            yield "time passes", 0
         for name, move in self.moves.items():
             yield "move", name
             if self.failures:
@@ -272,6 +302,15 @@ class World:
         elif kind == "notice":
             self.notices = tuple(name for name in self.notices if name != which)
             self.tell(LeaseReturned(which))
+        elif kind == "time passes":
+            self.now_s = max(at_s for _, at_s in self.machine.checks.due.values())
+            self.tell(Tick())
+        elif kind in ("find clean", "find written"):
+            self.looking = None
+            self.writes -= kind == "find written"
+            if kind == "find clean":
+                self.clean[which] = self.seen[which]
+            self.tell(Checked(which, kind == "find clean"))
         elif kind == "let go":
             how = self.going.pop(which)
             self.tell(Forgotten(which) if how is None else LoadFailed(which, *how))
@@ -352,7 +391,25 @@ class World:
             tuple(sorted(set(self.notices))),
             repr(machine.closing and (sorted(machine.closing.pending), machine.closing.is_busy, machine.closing.plan)),
             tuple(sorted(machine.touched)) if self.todo else (),
+            self._look_key(),
         )
+
+    def _look_key(self) -> Hashable:
+        """What matters of the looks for writes: who is due and was used since, who was found clean and is it still."""
+        if self.machine.budgets.check_after_s is None:
+            return ()
+        due = tuple((n, self.gates[n].tick == t, at <= self.now_s) for n, (t, at) in self.machine.checks.due.items())
+        running = self.machine.checks.running
+        tick_of = self.machine.planner.tick_of
+        parts = self.machine.books.parts
+        now = (
+            running
+            and running[0] in parts
+            and (parts[running[0]].generation, tick_of(parts[running[0]])) == running[1:]
+        )
+        clean = tuple((n, p.clean_tick == tick_of(p), p.looked_tick == tick_of(p)) for n, p in sorted(parts.items()))
+        truth = tuple((n, self.clean.get(n) == u, self.seen.get(n) == u) for n, u in sorted(self.uses.items()))
+        return due, running and running[0], now, clean, truth
 
     def _part_key(self, name: str, owner: dict[int, int]) -> Hashable:
         p = self.machine.books.parts[name]

@@ -32,8 +32,15 @@ class Flights:
 
     # --- starting -------------------------------------------------------------------------------------------------
 
-    def commit(self, plan: Plan, waiting: Waiting, reason: Reason, on_behalf_of: str | None, *, check: bool) -> None:
-        """Take the victims of a plan, and claim what it is for."""
+    def commit(
+        self,
+        plan: Plan,
+        waiting: Waiting,
+        reason: Reason,
+        on_behalf_of: str | None,
+        unseen: frozenset[str],
+    ) -> None:
+        """Take the victims of a plan, and claim what it is for; in those `unseen`, writes are looked for first."""
         for name in plan.workspaces:
             self.give_workspace(name)
         for giving in plan.givings:
@@ -45,7 +52,7 @@ class Flights:
                 giving.after,
                 part.n,
                 write_image=giving.write_image,
-                check=check,
+                check=giving.part in unseen,
                 reason=reason,
                 on_behalf_of=on_behalf_of,
             )
@@ -114,6 +121,7 @@ class Flights:
         """A move was carried out."""
         flight = self._end(part)
         part.arrive(flight.move)
+        part.looked_tick = part.clean_tick = -1
         for account, needs, frees in self._sides(flight):
             account.commit(needs)
             account.drained(frees)

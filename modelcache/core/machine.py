@@ -10,11 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import assert_never
 
+from modelcache.core.checks import Checks
 from modelcache.core.flights import Flights
 from modelcache.core.ledger import Account, Room
 from modelcache.core.messages import (
     ArmTimer,
     Asked,
+    Checked,
     CloseGate,
     Closing,
     Done,
@@ -75,7 +77,10 @@ MAX_BACKOFF_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """Bytes per tier, and how many callers may wait. On a host-only machine `vram` is 0 and `top` is RAM."""
+    """Bytes per tier, and how many callers may wait. On a host-only machine `vram` is 0 and `top` is RAM.
+
+    `check_after_s`: a copy unused for so long is looked at for writes; `None` looks only when it is given up.
+    """
 
     ram: int
     vram: int = 0
@@ -83,6 +88,7 @@ class Budgets:
     top: Tier = Tier.VRAM
     max_waiters: int = 512
     wait_when_full: bool = True
+    check_after_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -118,6 +124,7 @@ class Machine:
         self.books = Books(budgets.top, Account(budgets.vram), Account(budgets.ram), Account(budgets.disk))
         self.planner = Planner(self.books, gates, self.policy)
         self.flights = Flights(self.books, self._emit)
+        self.checks = Checks(self.books, gates, budgets.check_after_s, self._emit, self.planner.tick_of)
         self.waiting: dict[int, Waiting] = {}
         self.held: dict[int, WantRoom] = {}
         self.bars: dict[str, int] = {}
@@ -193,10 +200,14 @@ class Machine:
             case MoveFailed(name, generation, error):
                 if (part := self._moving(name, generation)) is not None:
                     self._failed(part, error)
+            case Checked(name, is_clean):
+                self.checks.answered(name, is_clean=is_clean)
+                self._look_for_writes()
             case Forgotten(name):
                 self._forgotten(name)
             case Tick():
                 self._look_for_idle()
+                self._look_for_writes()
             case Closing():
                 self._close()
             case _:
@@ -355,7 +366,8 @@ class Machine:
         return True
 
     def _commit(self, waiting: Waiting, plan: Plan, reason: Reason, *, check: bool) -> None:
-        self.flights.commit(plan, waiting, reason, next(iter(waiting.names), None), check=check)
+        unseen = frozenset(giving.part for giving in plan.givings if check and self.checks.must_look(giving))
+        self.flights.commit(plan, waiting, reason, next(iter(waiting.names), None), unseen)
         waiting.planned = True
         waiting.blocked_on, waiting.why = (), ""
         if plan.needs or not (plan.givings or plan.workspaces):
@@ -407,6 +419,13 @@ class Machine:
         for waiting in self.waiting.values():
             if name in waiting.blocked_on:
                 waiting.overtaken += 1
+        model = self.books.models.get(name)
+        if model is not None and not self.is_closed:
+            self.checks.returned(model, self.now_s)
+
+    def _look_for_writes(self) -> None:
+        if not self.is_closed and self.poison is None:
+            self.touched.update(dict.fromkeys(self.checks.look(self.now_s)))
 
     def _settle_gates(self) -> None:
         """Open the gates of what is usable without asking, close the others, and watch those somebody waits for."""
@@ -423,8 +442,8 @@ class Machine:
                 if not is_open:
                     self._unanswered.add(name)
                 self.emit(OpenGate(name, model.lease_limit) if is_open else CloseGate(name))
-            if model.gate_is_watched != (name in watched):
-                model.gate_is_watched = name in watched
+            if model.gate_is_watched != (is_watched := name in watched or self.checks.watches(model)):
+                model.gate_is_watched = is_watched
                 self.emit(WatchGate(name) if model.gate_is_watched else UnwatchGate(name))
 
     def _over_target(self) -> set[str]:
@@ -642,6 +661,7 @@ class Machine:
             twin.closing = replace(self.closing, pending=set(self.closing.pending))
         twin.poison, twin.is_closed = self.poison, self.is_closed
         twin.loading_unsized, twin.loading_names = self.loading_unsized, dict(self.loading_names)
+        twin.checks.copy_from(self.checks)
         twin.now_s, twin._next_own_ticket = self.now_s, self._next_own_ticket
         twin._idle_models, twin._awaited = dict(self._idle_models), set(self._awaited)
         twin._unanswered = set(self._unanswered)

@@ -160,6 +160,14 @@ class MoveDone:
 
 
 @dataclass(frozen=True, slots=True)
+class Checked:
+    """A look for writes has ended. `is_clean`: every byte is as it was last known; false also when nobody can say."""
+
+    part: str
+    is_clean: bool
+
+
+@dataclass(frozen=True, slots=True)
 class MoveKept:
     """A move would have lost writes, so the part is as before."""
 
@@ -207,6 +215,7 @@ Event = (
     | MoveDone
     | MoveKept
     | MoveFailed
+    | Checked
     | Forgotten
     | Tick
     | Closing
@@ -257,6 +266,13 @@ class StartMove:
     """Carry out one move."""
 
     move: Move
+
+
+@dataclass(frozen=True, slots=True)
+class StartCheck:
+    """Look whether the bytes of a part on the device were written to; `Checked` answers."""
+
+    part: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,6 +337,7 @@ Instruction = (
     | UnwatchGate
     | StartLoad
     | StartMove
+    | StartCheck
     | DropImage
     | Forget
     | Unload

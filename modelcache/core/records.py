@@ -103,6 +103,8 @@ class Part:
         source_stale: It was written to, so its source no longer describes it.
         kept_tick: It refused to be given up when its gates showed this tick; -1 when it never did.
         ooms: Promotions refused by the device in a row.
+        looked_tick: Its bytes in VRAM were looked at when its gates showed this tick; -1 never.
+        clean_tick: They were found unwritten then.
     """
 
     facts: PartFacts
@@ -118,6 +120,8 @@ class Part:
     source_stale: bool = False
     kept_tick: int = -1
     ooms: int = 0
+    looked_tick: int = -1
+    clean_tick: int = -1
     vram_sums: tuple[int, ...] = ()
     ram_sums: tuple[int, ...] = ()
 

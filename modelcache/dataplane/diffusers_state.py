@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from modelcache.dataplane.materialize_files import FileBytes, FileProblemError, Headers, read_tensor
+from modelcache.dataplane.file_reading import read_tensor
 from modelcache.dataplane.materialize_journal import ABSENT, Entry, Swap
+from modelcache.dataplane.weight_files import FileBytes, FileProblemError, Headers
 
 _GROUP_HOOK = "group_offloading"
 # With streams two more are there: one finds the order of the groups in the first forward, the other reports to it.

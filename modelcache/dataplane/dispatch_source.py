@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from modelcache.dataplane.materialize_files import FileBytes, FileProblemError, read_into
+from modelcache.dataplane.file_reading import ChangedError, Report, UnreadableError, read_into
 from modelcache.dataplane.materialize_record import Mark, mark_of
 from modelcache.dataplane.source import Source
+from modelcache.dataplane.weight_files import FileBytes
 from modelcache.errors import WeightsError
 
-Report = Callable[[int], None]
+_REMEDY = "Restore the file, or load the model again, into an offload folder of its own, and register it anew."
 
 
 class DispatchSource:
@@ -50,9 +51,10 @@ class DispatchSource:
         names = [name for name in targets if name in self._places]
         try:
             read_into([(self._places[name], targets[name]) for name in names], report)
-        except FileProblemError as problem:
-            name = names[problem.position or 0]
-            raise WeightsError(self._model_name, self._places[name].path, str(problem), name) from problem
+        except UnreadableError as error:
+            problem = error.since("the model was first read") if isinstance(error, ChangedError) else error.problem
+            name = names[error.position]
+            raise WeightsError(self._model_name, error.path, f"{problem}. {_REMEDY}", name) from error.__cause__
         for name in names:
             self._check(name, targets[name])
         others = {name: target for name, target in targets.items() if name not in self._places}

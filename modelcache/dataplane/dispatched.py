@@ -19,7 +19,6 @@ from modelcache.dataplane import accelerate_state as state
 from modelcache.dataplane.device.protocol import Device
 from modelcache.dataplane.dispatch_source import DispatchSource
 from modelcache.dataplane.materialize import materialize_meta_tensors, of_pipeline, planned
-from modelcache.dataplane.materialize_files import FileBytes
 from modelcache.dataplane.materialize_journal import Entry, Swap, swap_all, undo_all
 from modelcache.dataplane.materialize_plan import Plan, Unit
 from modelcache.dataplane.materialize_record import marked
@@ -28,6 +27,7 @@ from modelcache.dataplane.materialize_slots import Slot, is_wrapper, size_bytes
 from modelcache.dataplane.materialize_stage import Staged, fetch, stride_for
 from modelcache.dataplane.materialize_ties import collect_claims, unite
 from modelcache.dataplane.source import Source
+from modelcache.dataplane.weight_files import FileBytes
 
 log = logging.getLogger("modelcache.dataplane")
 _CPU = torch.device("cpu")

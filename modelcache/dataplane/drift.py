@@ -2,7 +2,8 @@
 
 Tensors that were moved (``model.to(...)``) or exchanged for others of the same shape and type are taken back in: their
 bytes are copied to where the part's bytes are, and they point there again. That counts as a write. Tensors that were
-added, removed or changed in shape or type cannot be; they are named, and nothing is touched.
+removed keep their bytes and follow them, so that they can be put back. Tensors that were added or changed in shape or
+type cannot be taken in; they are named, and nothing is touched.
 """
 
 from __future__ import annotations
@@ -43,6 +44,19 @@ def take_back(model: LoadedModel, part: Part, move: Move) -> None:
         point(member, copy)
 
 
+def strays(model: LoadedModel, part: Part) -> bool:
+    """Whether anything of a model is not as it was laid out, as far as it lies in `part`. Changes nothing."""
+    with model.lock:
+        on = model.dispatch if model.dispatch is not None and model.dispatch.is_on else None
+        mapped = set() if on is None else {id(each.tensor) for each in on.mapped}
+        present = {id(slot.tensor) for slot in walk(model.modules).slots if on is None or not slot.tensor.is_meta}
+        known = {id(tensor) for tensor in model.names.values()}
+        if not known - mapped <= present <= known:
+            return True
+    members = list(part.members.values())
+    return any(model.spec.name in member.holders and _strayed(part, member) for member in members)
+
+
 def _adopt_exchanged(model: LoadedModel, part: Part, move: Move) -> None:
     found = walk(model.modules)
     waiting: dict[str, torch.Tensor] = {}
@@ -56,11 +70,16 @@ def _adopt_exchanged(model: LoadedModel, part: Part, move: Move) -> None:
 
 
 def _exchanged(model: LoadedModel, slots: list[Slot], move: Move) -> list[tuple[torch.Tensor, Slot]]:
-    """Old tensor and new slot for each that was exchanged; refuses every other difference."""
+    """Old tensor and new slot for each that was exchanged; refuses what was added or is no longer tied."""
     known = {id(tensor) for tensor in model.names.values()}
     present = {id(slot.tensor) for slot in slots}
     if known == present:
         return []
+    # What was removed earlier is back if the same object is. While it was gone it was a member all along: the memory
+    # under a tensor that somebody else may still hold is not given up without it.
+    members = [each for part in model.parts for each in list(part.members.values())]
+    known |= {id(each.tensor) for each in members if model.spec.name in each.holders}
+    known |= {id(empty.tensor) for empty in model.empties}
     problems: list[str] = []
     successor: dict[int, torch.Tensor] = {}
     exchanged: dict[int, tuple[torch.Tensor, Slot]] = {}
@@ -74,8 +93,6 @@ def _exchanged(model: LoadedModel, slots: list[Slot], move: Move) -> list[tuple[
             problems.append(f"{slot.name!r} was tied to another tensor and is not any more")
         else:
             exchanged[id(slot.tensor)] = (old, slot)
-    gone = known - present - successor.keys()
-    problems += [f"{name!r} was removed" for name, tensor in model.names.items() if id(tensor) in gone]
     if problems:
         raise _drifted(model, move, problems)
     return list(exchanged.values())

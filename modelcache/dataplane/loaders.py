@@ -26,7 +26,8 @@ from modelcache.dataplane.folder_loaders import (
 )
 from modelcache.dataplane.matching import shown
 from modelcache.dataplane.source import Built, Source
-from modelcache.dataplane.weights import JoinedSource, KeptSource, RebuildSource, SafetensorsSource, torch_dtype
+from modelcache.dataplane.weight_files import torch_dtype
+from modelcache.dataplane.weights import JoinedSource, KeptSource, RebuildSource, SafetensorsSource
 from modelcache.errors import LoaderError, WeightsError
 from modelcache.headers import TensorEntry, model_headers
 from modelcache.spec import ModelSpec, did_you_mean, is_entry, option_problems

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from modelcache.dataplane.weights import Location, torch_dtype
+from modelcache.dataplane.weight_files import torch_dtype
+from modelcache.dataplane.weights import Location
 from modelcache.headers import Header, regular_file
 
 _NUM_SAMPLES = 4

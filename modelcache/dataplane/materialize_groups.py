@@ -15,10 +15,11 @@ import torch
 
 from modelcache.dataplane import diffusers_state
 from modelcache.dataplane.diffusers_state import Carried, LeftHooks
-from modelcache.dataplane.materialize_files import FileBytes, FileProblemError, Headers, read_tensor
+from modelcache.dataplane.file_reading import read_tensor
 from modelcache.dataplane.materialize_journal import Entry, Memory, Swap
 from modelcache.dataplane.materialize_slots import Slot, is_wrapper
 from modelcache.dataplane.materialize_ties import has_same_bits
+from modelcache.dataplane.weight_files import FileBytes, FileProblemError, Headers
 from modelcache.errors import MaterializeError
 
 

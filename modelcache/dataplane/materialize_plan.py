@@ -23,9 +23,9 @@ from modelcache.dataplane.accelerate_state import (
     Offload,
 )
 from modelcache.dataplane.diffusers_state import Carried, Groups
-from modelcache.dataplane.materialize_files import FileBytes, FileProblemError, Headers, find_dat, index_of
 from modelcache.dataplane.materialize_rewrap import bitsandbytes_problem, is_packed
 from modelcache.dataplane.materialize_slots import Places, Slot, inner_tensors, is_wrapper, join
+from modelcache.dataplane.weight_files import FileBytes, FileProblemError, Headers, find_dat, index_of
 
 Found = FileBytes | KeptTensor | KeptElsewhere
 

@@ -19,11 +19,11 @@ import torch
 from accelerate.utils import OffloadedWeightsLoader
 
 from modelcache.dataplane import accelerate_state as state
-from modelcache.dataplane.materialize_files import FileProblemError
 from modelcache.dataplane.materialize_plan import Plan, Unit
 from modelcache.dataplane.materialize_rewrap import is_bitsandbytes
 from modelcache.dataplane.materialize_slots import Places, Slot, is_wrapper, join
 from modelcache.dataplane.materialize_stage import Staged, fetch
+from modelcache.dataplane.weight_files import FileProblemError
 from modelcache.errors import MaterializeError
 
 _ATTRIBUTE = "_modelcache_record"

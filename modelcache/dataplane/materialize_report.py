@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from modelcache.dataplane import accelerate_state as state
-from modelcache.dataplane.materialize_files import FileBytes
 from modelcache.dataplane.materialize_plan import Plan, Unit
 from modelcache.dataplane.materialize_slots import size_bytes
 from modelcache.dataplane.materialize_ties import Claim
+from modelcache.dataplane.weight_files import FileBytes
 from modelcache.units import format_bytes
 
 _ROWS_SHOWN = 50

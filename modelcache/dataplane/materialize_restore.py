@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 
 from modelcache.dataplane import accelerate_state as state
-from modelcache.dataplane.materialize_files import FileProblemError, Headers
 from modelcache.dataplane.materialize_groups import TakenGroups, give_back, take_groups
 from modelcache.dataplane.materialize_journal import ABSENT, ClassEntry, Entry, Memory, Swap, swap_all
 from modelcache.dataplane.materialize_plan import Plan, Unit
@@ -22,6 +21,7 @@ from modelcache.dataplane.materialize_rewrap import as_buffer, as_parameter, is_
 from modelcache.dataplane.materialize_slots import Slot, find_places, is_wrapper
 from modelcache.dataplane.materialize_stage import Staged, fetch, relocated
 from modelcache.dataplane.materialize_ties import has_same_bits
+from modelcache.dataplane.weight_files import FileProblemError, Headers
 from modelcache.errors import MaterializeError
 
 OnModified = Literal["write", "error", "discard"]

@@ -11,16 +11,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from modelcache.dataplane import accelerate_state as state
-from modelcache.dataplane.materialize_files import (
-    FileBytes,
-    FileProblemError,
-    Headers,
-    find_dat,
-    in_file_order,
-    new_tensor,
-    read_tensor,
-    reading,
-)
+from modelcache.dataplane.file_reading import UnreadableError, in_file_order, new_tensor, read_tensor, reading
 from modelcache.dataplane.materialize_journal import Entry, Memory, Swap
 from modelcache.dataplane.materialize_plan import Plan, Unit
 from modelcache.dataplane.materialize_rewrap import (
@@ -32,6 +23,7 @@ from modelcache.dataplane.materialize_rewrap import (
     is_packed,
 )
 from modelcache.dataplane.materialize_slots import is_wrapper, size_bytes
+from modelcache.dataplane.weight_files import FileBytes, FileProblemError, Headers, find_dat
 from modelcache.errors import MaterializeError
 
 Report = Callable[[int, int, str], None]
@@ -191,7 +183,7 @@ class Stager:
                 for position in (segment.position for piece in pieces for segment in piece if segment.is_last):
                     self._finish(units[position], made.pop(position).to(self._target))
                     yield units[position]
-        except FileProblemError as problem:
+        except UnreadableError as problem:
             raise MaterializeError((units[problem.position].name,), str(problem)) from problem
 
     def _finish(self, unit: Unit, value: torch.Tensor) -> None:

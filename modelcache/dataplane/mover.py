@@ -24,12 +24,13 @@ from modelcache.dataplane import adapters, blocks, bringing_up, giving_up
 from modelcache.dataplane.admission import Admission
 from modelcache.dataplane.copies import Done, Tiers, give_up
 from modelcache.dataplane.device.protocol import Device
-from modelcache.dataplane.drift import ends, take_back
+from modelcache.dataplane.drift import ends, strays, take_back
 from modelcache.dataplane.image import SEGMENT_BYTES
 from modelcache.dataplane.image_files import ImageFiles
 from modelcache.dataplane.loaded import LoadedModel
 from modelcache.dataplane.parts import Part
 from modelcache.dataplane.source import Built
+from modelcache.dataplane.written import print_of
 from modelcache.errors import (
     CacheClosedError,
     DeviceMemoryError,
@@ -142,6 +143,23 @@ class TorchMover:
             return KeptWritten(self._now_s() - started)
         freed = max(0, allocated - self._device.allocated_bytes()) if self._device.holds_copies else None
         return Moved(done.copied_bytes, self._now_s() - started, done.written, freed)
+
+    def is_unwritten(self, part: str) -> bool:
+        """Whether a part's bytes on the device are as they were last known, and its models as they were laid out.
+
+        Looks segment by segment, so that a move waits for one of them at most.
+        """
+        known = self._parts.get(part)
+        if known is None or any(strays(model, known) for model in self._holders(known)):
+            return False
+        for segment in range(known.num_segments):
+            with known.lock, _plain_tensors():
+                copy = known.vram[segment]
+                if copy is not None and (
+                    segment in known.torn or print_of(copy, self._tiers) != known.reference[segment]
+                ):
+                    return False
+        return True
 
     def drop_image(self, part: str) -> None:
         """Delete the image file of a part whose bytes are held elsewhere; nothing to delete is fine.
@@ -258,7 +276,7 @@ class TorchMover:
         if part.residency != move.before or not _is_sound(move):
             state = f"residency {part.residency}"
             raise InvalidTransitionError(f"part {part.id!r}", state, f"{move.kind} {move.before} -> {move.after}")
-        holders = [model for name in part.policies if (model := self._models.get(name)) is not None]
+        holders = self._holders(part)
 
         def then() -> None:
             self._settle(holders)
@@ -294,6 +312,9 @@ class TorchMover:
                 return giving_up.shed(part, move, self._tiers, then)
             case MoveKind.EVICT:
                 return giving_up.evict(part, move, self._tiers, tell, then)
+
+    def _holders(self, part: Part) -> list[LoadedModel]:
+        return [model for name in list(part.policies) if (model := self._models.get(name)) is not None]
 
     def _settle(self, holders: Iterable[LoadedModel]) -> None:
         for model in holders:

@@ -1,15 +1,10 @@
-"""Sources of a model's bytes: safetensors files, a loader called again, tensors kept in memory.
-
-Files are read with `preadv` straight into the model's own memory, in the order of the file, and never mapped. A file is
-the file it was when its header was read, before and after its bytes are: a replaced, rewritten or shortened file is an
-error and never a mixture of two.
-"""
+"""Sources of a model's bytes: safetensors files, a loader called again, tensors kept in memory."""
 
 from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,39 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from modelcache.dataplane.adapters import modules_of, named_tensors
+from modelcache.dataplane.file_reading import ChangedError, Report, UnreadableError, bytes_of, read_into
 from modelcache.dataplane.source import Source
+from modelcache.dataplane.weight_files import FileBytes, place_of, torch_dtype
 from modelcache.errors import LoaderError, WeightsError
-from modelcache.headers import FileIdentity, Header, TensorEntry, regular_file
-
-_DTYPE_NAMES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "U16": "uint16",
-    "I16": "int16",
-    "U32": "uint32",
-    "I32": "int32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-}
-_DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for code, name in _DTYPE_NAMES.items()}
-
-_MAX_READ_BYTES = 64 << 20  # one read: progress is reported, and a cancelled load ends, this often
-_MAX_BUFFERS = 512  # of one read; the system allows 1024
-_CONVERT_BYTES = 16 << 20  # what a conversion needs beside its target
-
-Report = Callable[[int], None]
-Preadv = Callable[[int, list[memoryview], int], int]
+from modelcache.headers import Header, TensorEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +32,6 @@ class Location:
         return self.header.tensors[self.key]
 
 
-def torch_dtype(entry: TensorEntry) -> torch.dtype | None:
-    """The dtype of a stored tensor; `None` for the packed ones, which torch has no plain tensors of."""
-    return _DTYPES.get(entry.dtype)
-
-
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, writable."""
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
-
-
 class SafetensorsSource:
     """Safetensors files that hold the tensors of a model, under names that may differ from the model's.
 
@@ -85,7 +42,6 @@ class SafetensorsSource:
         names: Full tensor name -> where it is; a plain string is a key of any of the files. `None`: every tensor under
             its own key.
         model_name: For errors.
-        preadv: How files are read; tests inject faults here.
 
     Raises:
         WeightsError: A file is not accepted, changed since its header was read, or does not have what `names` says.
@@ -97,9 +53,8 @@ class SafetensorsSource:
         names: Mapping[str, str | Location] | None = None,
         *,
         model_name: str = "",
-        preadv: Preadv = os.preadv,
     ) -> None:
-        self._model_name, self._preadv = model_name, preadv
+        self._model_name = model_name
         self._paths = tuple(header.path for header in headers)
         keys = {key: Location(header, key) for header in headers for key in header.tensors}
         self._where: dict[str, Location] = {}
@@ -127,16 +82,21 @@ class SafetensorsSource:
         Raises:
             WeightsError: A file is missing, damaged or changed, or a tensor does not fit its target.
         """
-        by_file: dict[Path, list[tuple[Location, torch.Tensor]]] = {}
+        wanted: list[tuple[FileBytes, torch.Tensor]] = []
         for name, target in targets.items():
             location = self._where.get(name)
             if location is None:
                 raise self._error(self._paths[0], "the model's files do not have it.", name)
             self._check_fit(location, target)
-            by_file.setdefault(location.header.path, []).append((location, target))
-        with torch.inference_mode(mode=False), torch.no_grad():
-            for wanted in by_file.values():
-                self._fill_from_file(wanted, report)
+            wanted.append((place_of(str(location.header.path), location.header, location.key), target))
+        try:
+            read_into(wanted, report)
+        except UnreadableError as error:
+            problem = f"{error.problem}."
+            if isinstance(error, ChangedError):
+                since = error.since("the model was first read")
+                problem = f"{since}. Restore it, or register the model anew."
+            raise self._error(error.path, problem) from error.__cause__
 
     def _check_fit(self, location: Location, target: torch.Tensor) -> None:
         entry, stored = location.entry, torch_dtype(location.entry)
@@ -149,106 +109,8 @@ class SafetensorsSource:
             problem = f"is {entry.dtype} in the file, but the model wants {str(target.dtype).removeprefix('torch.')}."
             raise self._error(location.header.path, problem, location.key)
 
-    def _fill_from_file(self, wanted: list[tuple[Location, torch.Tensor]], report: Report | None) -> None:
-        header = wanted[0][0].header
-        wanted.sort(key=lambda item: item[0].entry.begin)
-        with regular_file(header.path, name=self._model_name) as (descriptor, found):
-            self._check_identity(header, found)
-            direct: list[tuple[int, memoryview]] = []
-            for location, target in wanted:
-                entry = location.entry
-                if entry.begin == entry.end:
-                    continue
-                if target.is_contiguous() and torch_dtype(entry) == target.dtype:
-                    direct.append((entry.begin, bytes_of(target)))
-                else:
-                    self._read_converted(descriptor, location, target, report)
-            for offset, buffers in _runs(direct):
-                self._read(descriptor, header.path, offset, buffers, report)
-            self._check_identity(header, os.fstat(descriptor))
-            # The descriptor still reads the old file when the path was given to a new one.
-            try:
-                self._check_identity(header, header.path.stat())
-            except FileNotFoundError:
-                raise self._error(header.path, "the file was removed while it was read.") from None
-
-    def _read_converted(self, descriptor: int, location: Location, target: torch.Tensor, report: Report | None) -> None:
-        """Read into a temporary tensor first: another dtype, or a target with gaps or another order."""
-        entry, stored, path = location.entry, torch_dtype(location.entry), location.header.path
-        assert stored is not None, "checked before the file was opened"
-        if not target.is_contiguous():
-            whole = torch.empty(entry.shape, dtype=stored, device="cpu")
-            self._read(descriptor, path, entry.begin, [bytes_of(whole)], report)
-            target.copy_(whole)
-            return
-        flat, step = target.view(-1), max(1, _CONVERT_BYTES // stored.itemsize)
-        staged = torch.empty(min(step, flat.numel()), dtype=stored, device="cpu")
-        for start in range(0, flat.numel(), step):
-            piece = staged[: min(step, flat.numel() - start)]
-            self._read(descriptor, path, entry.begin + start * stored.itemsize, [bytes_of(piece)], report)
-            flat[start : start + piece.numel()].copy_(piece)
-
-    def _read(
-        self, descriptor: int, path: Path, offset: int, buffers: Sequence[memoryview], report: Report | None
-    ) -> None:
-        """Fill the buffers, one after the other, from `offset` on, in as many reads as it takes."""
-        first = 0  # everything before it is full
-        left = [buffer[i : i + _MAX_READ_BYTES] for buffer in buffers for i in range(0, len(buffer), _MAX_READ_BYTES)]
-        while first < len(left):
-            batch, size_bytes = [left[first]], len(left[first])
-            for buffer in left[first + 1 : first + _MAX_BUFFERS]:
-                size_bytes += len(buffer)
-                if size_bytes > _MAX_READ_BYTES:
-                    break
-                batch.append(buffer)
-            try:
-                count = self._preadv(descriptor, batch, offset)
-            except InterruptedError:
-                continue
-            except OSError as error:
-                raise self._error(path, f"reading failed at byte {offset:,}: {error.strerror}.") from error
-            if count == 0:
-                raise self._error(path, f"the file ends at byte {offset:,}: it was shortened while it was read.")
-            offset += count
-            if report is not None:
-                report(count)
-            while first < len(left) and count >= len(left[first]):
-                count -= len(left[first])
-                first += 1
-            if count:
-                left[first] = left[first][count:]
-
-    def _check_identity(self, header: Header, found: os.stat_result) -> None:
-        now, then = FileIdentity.of(found), header.identity
-        if now == then:
-            return
-        if now.size != then.size:
-            what = f"had {then.size:,} bytes and has {now.size:,}"
-        elif (now.dev, now.ino) != (then.dev, then.ino):
-            what = "was replaced by another file"
-        else:
-            what = "was written to"
-        problem = f"the file changed since the model was first read: it {what}. Restore it, or register the model anew."
-        raise self._error(header.path, problem)
-
-    def _error(self, path: Path, problem: str, tensor: str | None = None) -> WeightsError:
+    def _error(self, path: Path | str, problem: str, tensor: str | None = None) -> WeightsError:
         return WeightsError(self._model_name, str(path), problem, tensor)
-
-
-def _runs(pieces: Sequence[tuple[int, memoryview]]) -> Iterator[tuple[int, list[memoryview]]]:
-    """Buffers whose places in the file follow each other without a gap, to be read together."""
-    run: list[memoryview] = []
-    begin = end = 0
-    for offset, buffer in pieces:
-        if run and offset != end:
-            yield begin, run
-            run = []
-        if not run:
-            begin = offset
-        run.append(buffer)
-        end = offset + len(buffer)
-    if run:
-        yield begin, run
 
 
 def _second_opinion(path: Path, keys: frozenset[str], model_name: str) -> None:

@@ -23,6 +23,7 @@ from modelcache.core.machine import Budgets, Machine
 from modelcache.core.messages import (
     ArmTimer,
     Asked,
+    Checked,
     CloseGate,
     Closing,
     Done,
@@ -45,6 +46,7 @@ from modelcache.core.messages import (
     Refuse,
     Registered,
     RoomReturned,
+    StartCheck,
     StartLoad,
     StartMove,
     Tick,
@@ -159,6 +161,7 @@ class Driver:
         self._downs = Link("down", pool, clock, 2)
         # Writing image files and deleting them share one worker: the room of a deleted file is free before it is used.
         self._files = Link("file", pool, clock, 1)
+        self._looks = Link("look", pool, clock, 1)
         self._thread = pool.spawn("modelcache-driver", self._run)
 
     # --- what callers do, on their own threads --------------------------------------------------------------------
@@ -398,7 +401,7 @@ class Driver:
             return
         if late:
             _LOG.warning("closed while loading models=%s; their loaders go on and their results are dropped", late)
-        for link in (self._ups, self._downs, self._files):
+        for link in (self._ups, self._downs, self._files, self._looks):
             for worker in link.stop():
                 worker.join()
         for worker in self._loads.stop():
@@ -467,6 +470,8 @@ class Driver:
                 self._start_load(self._machine.books.models[name].spec, generation)
             case StartMove(move):
                 self._start_move(move)
+            case StartCheck(part):
+                self._looks.submit(partial(self._look_for_writes, part))
             case DropImage(part):
                 self._files.submit(partial(self._drop_image, part))
             case Forget(name):
@@ -567,6 +572,15 @@ class Driver:
                 self._mailbox.put(MoveKept(move.part, move.generation))
             else:
                 self._mailbox.put(MoveDone(move.part, move.generation, result))
+
+    def _look_for_writes(self, part: str) -> None:
+        is_clean = False
+        try:
+            is_clean = self._mover.is_unwritten(part)
+        except Exception:
+            # The worker must survive; the move that gives the part up looks itself, and says what is wrong.
+            _LOG.exception("failed while looking for writes to %s", part)
+        self._mailbox.put(Checked(part, is_clean))
 
     def _drop_image(self, part: str) -> None:
         self._survive(partial(self._mover.drop_image, part), f"deleting the image file of {part}")

@@ -96,6 +96,12 @@ class Mover(Protocol):
             MoveError: The move failed; the part is as `move.before` says.
         """
 
+    def is_unwritten(self, part: str) -> bool:
+        """Whether the bytes of a part on the device are as they were last known, found out while others may use it.
+
+        False also when it cannot be told: it moves, it was changed in structure, the device failed. Changes nothing.
+        """
+
     def drop_image(self, part: str) -> None:
         """Delete the image file of a part whose bytes are held elsewhere; nothing to delete is fine."""
 

@@ -209,6 +209,13 @@ class FakeMover:
         finally:
             del self._moving[move.part]
 
+    def is_unwritten(self, part: str) -> bool:
+        """Whether nothing of a part on the top tier was written to."""
+        self._begin("is_unwritten", part)
+        self._reach("is_unwritten", (part,))
+        known = self._parts.get(part)
+        return known is not None and not known.written
+
     def drop_image(self, part: str) -> None:
         """Delete the image file of a part, unless nothing else holds its bytes."""
         self._begin("drop_image", part)

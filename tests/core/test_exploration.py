@@ -119,6 +119,12 @@ WORLDS = {
         ],
         failures=1,
     ),
+    "writes are looked for beforehand": lambda: World(
+        Budgets(ram=6, vram=3, check_after_s=1.0),
+        three_models(2),
+        [(lease("a"), lease("b")), (lease("b"), lease("a"), WantGone("b", None))],
+        writes=1,
+    ),
     "one runs from its dispatch": lambda: World(
         Budgets(ram=6, vram=3),
         {**three_models(1), "d": dispatched("d", on=1, off=3, onload=1)},

@@ -1,16 +1,17 @@
-"""Tensors in files, found by their headers and read with `preadv` straight into memory of their own.
+"""Reads tensors out of files with `preadv`, by several threads, straight into memory of their own.
 
-Covers safetensors files and the ``.dat`` files of accelerate. Nothing is mapped: a mapping would still depend on the
-file after the tensor is handed out, and a file cut short underneath it would end the process.
+The one reader of weights: whoever fills tensors from safetensors or ``.dat`` files comes here. Nothing is mapped: a
+mapping would still depend on the file after the tensor is handed out, and a file cut short underneath it would end the
+process. A file is the file it was when the tensor was found in it, before and after each piece of it is read: a
+replaced, rewritten or shortened file is an error and never a mixture of two.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import stat
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -20,132 +21,55 @@ from pathlib import Path
 import torch
 
 from modelcache.dataplane.fresh_pages import ask_for_pages
+from modelcache.dataplane.weight_files import FileBytes, FileProblemError
 from modelcache.errors import WeightsError
-from modelcache.headers import FileIdentity, Header, read_header, regular_file
+from modelcache.headers import FileIdentity, regular_file
 
 _PIECE_BYTES = 8 << 20  # what a worker reads before it reports
 _MAX_BUFFERS = 1024  # of one read; the system allows no more
 _PAGES_BYTES = 256 << 10  # what a worker reads with pages made for it before
 _CONVERT_BYTES = 4 << 20  # what a worker reads before it converts
 
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+Report = Callable[[int], None]
 
 
-class FileProblemError(Exception):
-    """A file that cannot give a tensor; the text says which and why. Stays inside the data plane.
+class UnreadableError(FileProblemError):
+    """A file in which a tensor was found, and that did not give it.
 
     Attributes:
-        position: Of the tensor among those that were to be read.
+        path: Of the file, or of the folder that lacks it.
+        problem: A clause or several, without the path and the last full stop.
+        position: Of the tensor among those that were to be read, or of one of several.
     """
 
-    def __init__(self, problem: str, position: int = 0) -> None:
-        super().__init__(problem, position)
-        self.problem, self.position = problem, position
+    def __init__(self, path: str, problem: str, position: int) -> None:
+        super().__init__(path, problem, position)
+        self.path, self.problem, self.position = path, problem, position
 
     def __str__(self) -> str:
-        return self.problem
+        return f"{self.path}: {self.problem}"
 
 
-@dataclass(frozen=True, slots=True)
-class FileBytes:
-    """The bytes of one tensor in a file, in row-major order.
+class ChangedError(UnreadableError):
+    """A file that is not the one that it was when a tensor was found in it.
 
     Attributes:
-        cast: The dtype to have after reading, when the index of the dispatch wants another than the file's.
-        identity: Which file it was when the tensor was found in it; another one is refused before and after reading.
+        change: What happened to it, after "it".
     """
 
-    path: str
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    cast: torch.dtype | None = None
-    identity: FileIdentity | None = None
+    def __init__(self, path: str, change: str, position: int) -> None:
+        Exception.__init__(self, path, change, position)
+        self.path, self.change, self.position = path, change, position
+        self.problem = f"{self.since('the tensor was found in it')}; restore the file, or start again"
 
-    @property
-    def size_bytes(self) -> int:
-        """How many bytes are read."""
-        return math.prod(self.shape) * self.dtype.itemsize
+    def since(self, moment: str) -> str:
+        """The problem, told by what the caller knows of when the file was looked at."""
+        return f"the file changed since {moment}: it {self.change}"
 
 
-class Headers:
-    """The headers of safetensors files, each read once."""
-
-    def __init__(self) -> None:
-        self._headers: dict[str, Header | WeightsError] = {}
-
-    def find(self, path: str, name: str, cast: torch.dtype | None) -> FileBytes:
-        """Where tensor `name` is in the file.
-
-        Raises:
-            FileProblemError: The file is missing, damaged or cut short, or has no such tensor.
-        """
-        header = self._header(path)
-        entry = header.tensors.get(name)
-        if entry is None:
-            raise FileProblemError(f"{path} has no tensor {name!r}")
-        dtype = _DTYPES.get(entry.dtype)
-        if dtype is None:
-            raise FileProblemError(f"{path} has {name!r} as {entry.dtype}, which torch cannot hold plainly")
-        return FileBytes(path, entry.begin, dtype, tuple(entry.shape), cast, header.identity)
-
-    def names(self, path: str) -> list[str]:
-        """Every tensor of the file.
-
-        Raises:
-            FileProblemError: As for `find`.
-        """
-        return list(self._header(path).tensors)
-
-    def _header(self, path: str) -> Header:
-        if path not in self._headers:
-            try:
-                self._headers[path] = read_header(path)
-            except WeightsError as error:
-                # Kept, so that a thousand tensors of one bad file do not read it a thousand times.
-                self._headers[path] = error
-        header = self._headers[path]
-        if isinstance(header, WeightsError):
-            raise FileProblemError(str(header)) from header
-        return header
-
-
-def find_dat(path: str, dtype: torch.dtype | None, shape: tuple[int, ...]) -> FileBytes:
-    """The bytes of one of accelerate's ``.dat`` files, its size checked.
-
-    Raises:
-        FileProblemError: The file is missing or has another size than its index says, or the dtype is unknown.
-    """
-    if dtype is None:
-        raise FileProblemError(f"the index of {path} gives no dtype that torch knows")
-    try:
-        status = os.stat(path)  # noqa: PTH116, making a path of each of thousands of files takes longer than asking
-    except OSError as error:
-        raise FileProblemError(f"cannot read {path}: {error.strerror}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise FileProblemError(f"{path} is not a regular file")
-    found = FileBytes(path, 0, dtype, shape, identity=FileIdentity.of(status))
-    # A file for no elements still has a byte or so: an empty file cannot be mapped, which is how they are written.
-    if found.size_bytes and status.st_size != found.size_bytes:
-        raise FileProblemError(f"{path} has {status.st_size} bytes, its index says {found.size_bytes}")
-    return found
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, writable."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def new_tensor(shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None) -> torch.Tensor:
@@ -161,7 +85,7 @@ def read_tensor(place: FileBytes) -> torch.Tensor:
     """Read one tensor, cast as its place says, into memory of its own.
 
     Raises:
-        FileProblemError: As for `read_into`.
+        UnreadableError: As for `read_into`.
     """
     tensor = new_tensor(place.shape, place.cast or place.dtype)
     read_into([(place, tensor)])
@@ -170,7 +94,7 @@ def read_tensor(place: FileBytes) -> torch.Tensor:
 
 def read_into(
     wanted: Sequence[tuple[FileBytes, torch.Tensor]],
-    report: Callable[[int], None] | None = None,
+    report: Report | None = None,
     num_workers: int = 4,
 ) -> None:
     """Read tensors from files into memory that is there already.
@@ -185,8 +109,8 @@ def read_into(
         num_workers: Threads that read.
 
     Raises:
-        FileProblemError: A file is missing, damaged, or not the file it was when the tensor was located. `position` is
-            that of a tensor concerned. What the tensors hold is undefined then; nothing writes to them any more.
+        UnreadableError: A file is missing, damaged, or not the file it was when the tensor was found (`ChangedError`).
+            What the tensors hold is undefined then; nothing writes to them any more.
         ValueError: A tensor is not on the CPU or has another shape than its data.
     """
     for position, (place, tensor) in enumerate(wanted):
@@ -235,7 +159,7 @@ def reading(wanted: Iterable[tuple[int, FileBytes, torch.Tensor]], num_workers: 
     read ahead of the caller.
 
     Raises:
-        FileProblemError: As for `read_into`. No worker is left behind, also when the generator is closed early, which
+        UnreadableError: As for `read_into`. No worker is left behind, also when the generator is closed early, which
             the caller has to do.
     """
     pieces = _pieces(wanted)
@@ -287,7 +211,7 @@ def _segments(position: int, place: FileBytes, tensor: torch.Tensor) -> Iterator
     size_bytes = place.size_bytes
     is_plain = tensor.dtype == place.dtype and place.cast in (None, place.dtype)
     if is_plain and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
-        memory = tensor.view(-1).view(torch.uint8).numpy().data if size_bytes else memoryview(b"")
+        memory = bytes_of(tensor)
         for start in range(0, max(size_bytes, 1), _PIECE_BYTES):
             end = min(start + _PIECE_BYTES, size_bytes)
             part = memory[start:end]
@@ -325,12 +249,18 @@ def _read_piece(piece: Sequence[Segment]) -> None:
             with regular_file(Path(place.path)) as (descriptor, found):
                 _refuse_changed(place, found, position)
                 _read_segments(descriptor, segments)
+        except WeightsError as error:
+            # What the system said is the cause; the error between says the same as this one.
+            raise UnreadableError(error.path, error.problem.removesuffix("."), position) from error.__cause__
+        try:
             # By path: the descriptor would still read the old file when the path was given to a new one.
             _refuse_changed(place, os.stat(place.path), position)  # noqa: PTH116, as in `find_dat`
-        except WeightsError as error:
-            raise FileProblemError(str(error), position) from error
+        except FileNotFoundError:
+            raise UnreadableError(place.path, "the file was removed while it was read", position) from None
         except OSError as error:
-            raise FileProblemError(f"cannot read {place.path}: {error.strerror or error}", position) from error
+            raise UnreadableError(
+                place.path, f"the file cannot be found any more: {error.strerror}", position
+            ) from error
 
 
 def _read_segments(descriptor: int, segments: Iterable[Segment]) -> None:
@@ -363,7 +293,7 @@ def _convert(descriptor: int, segment: Segment) -> None:
     with torch.inference_mode():
         raw = new_tensor(segment.target.shape, segment.place.dtype)
         if segment.size_bytes:
-            _fill(descriptor, [replace(segment, memory=raw.view(-1).view(torch.uint8).numpy().data)])
+            _fill(descriptor, [replace(segment, memory=bytes_of(raw))])
         segment.target.copy_(raw if segment.place.cast is None else raw.to(segment.place.cast))
 
 
@@ -372,9 +302,16 @@ def _fill(descriptor: int, run: Sequence[Segment]) -> None:
     buffers = [segment.memory for segment in run if segment.memory is not None]
     first, offset = 0, run[0].offset  # every buffer before the first is full
     while first < len(buffers):
-        count = os.preadv(descriptor, buffers[first : first + _MAX_BUFFERS], offset)
+        path, position = run[first].place.path, run[first].position
+        try:
+            count = os.preadv(descriptor, buffers[first : first + _MAX_BUFFERS], offset)
+        except OSError as error:
+            raise UnreadableError(
+                path, f"reading failed at byte {offset:,}: {error.strerror or error}", position
+            ) from error
         if not count:
-            raise FileProblemError(f"{run[first].place.path} is cut short at byte {offset:,}", run[first].position)
+            problem = f"the file ends at byte {offset:,}: it was shortened while it was read"
+            raise UnreadableError(path, problem, position)
         offset += count
         while first < len(buffers) and count >= len(buffers[first]):
             count -= len(buffers[first])
@@ -388,23 +325,9 @@ def _refuse_changed(place: FileBytes, found: os.stat_result, position: int) -> N
     if then is None or now == then:
         return
     if now.size != then.size:
-        what = f"had {then.size:,} bytes and has {now.size:,}"
+        change = f"had {then.size:,} bytes and has {now.size:,}"
     elif (now.dev, now.ino) != (then.dev, then.ino):
-        what = "was replaced by another file"
+        change = "was replaced by another file"
     else:
-        what = "was written to"
-    problem = f"{place.path} changed since the tensor was found in it: it {what}; restore the file, or start again"
-    raise FileProblemError(problem, position)
-
-
-def index_of(folder: Path, headers: Headers) -> Mapping[str, dict[str, str]]:
-    """An offload index over every safetensors file in a folder.
-
-    Raises:
-        FileProblemError: One of the files is damaged.
-    """
-    return {
-        name: {"safetensors_file": str(path), "weight_name": name}
-        for path in sorted(folder.glob("*.safetensors"))
-        for name in headers.names(str(path))
-    }
+        change = "was written to"
+    raise ChangedError(place.path, change, position)
