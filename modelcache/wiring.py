@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("modelcache")
 
 
+#: A copy on the device that nobody used for so long is looked at for writes: well below the pace of people, well above
+#: that of a loop of calls, whose model would be looked at in vain.
+CHECK_AFTER_S = 0.25
+
+
 @dataclass(frozen=True)
 class Parts:
     """What a cache is made of.
@@ -267,6 +272,7 @@ def _build(
             top,
             settings.max_waiters,
             settings.policy.when_full == "wait",
+            CHECK_AFTER_S,
         ),
         mover,
         clock,

@@ -76,7 +76,7 @@ class Checks:
             if model is None or gate is None or not self._unlooked(model):
                 del self.due[name]
                 done.append(name)
-            elif at_s <= now_s and (gate.num_leases or gate.tick != tick):
+            elif at_s <= now_s and (gate.num_leases or gate.tick != tick or not self._idle(name)):
                 self._wait(name, now_s)
         if self.running is None:
             ready = [part for name, (_, at_s) in self.due.items() if at_s <= now_s for part in self._idle(name)]

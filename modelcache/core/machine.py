@@ -562,6 +562,7 @@ class Machine:
 
     def _poisoned(self, error: DevicePoisonedError) -> None:
         self.poison = error
+        self.checks.due.clear()
         self.touched.update(dict.fromkeys(self.books.models))
         for waiting in list(self.waiting.values()):
             self.refuse(waiting, error)
@@ -610,6 +611,7 @@ class Machine:
 
     def _close(self) -> None:
         self.is_closed = True
+        self.checks.due.clear()
         self.touched.update(dict.fromkeys(self.books.models))
         for waiting in list(self.waiting.values()):
             self.refuse(waiting, CacheClosedError())

@@ -26,6 +26,7 @@ def cache_of(
     max_waiters: int = 512,
     progress: Progress | None = None,
     lease_sites: bool = False,
+    check_after_s: float | None = None,
 ) -> ModelCache:
     """A cache whose models are `FakeModel` objects, whose time is `clock`, and whose threads `pool` can wait for.
 
@@ -42,6 +43,7 @@ def cache_of(
         max_waiters: More callers than this get `QueueFullError`.
         progress: Told how far loads and moves are.
         lease_sites: Note where each lease is taken.
+        check_after_s: Copies on the device unused for so long are looked at for writes; `None` never does.
     """
     given = {Tier.VRAM: vram, Tier.RAM: ram, Tier.DISK: disk}
     sizes = {tier: mover.arenas.of[tier].capacity_bytes if size is None else size for tier, size in given.items()}
@@ -53,6 +55,7 @@ def cache_of(
         top=mover.top,
         max_waiters=max_waiters,
         wait_when_full=when_full == "wait",
+        check_after_s=check_after_s,
     )
     cache = ModelCache._of(
         Parts(
