@@ -39,6 +39,10 @@ def promote(part: Part, move: Move, tiers: Tiers, tell: Callable[[int], None], t
             assert source is not None
             new.add_vram(segment)
             new.copy_in(segment, source)
+        for segment, copy in new.vram.items():
+            # While the copies are under way: afterwards, re-pointing is one assignment for each tensor.
+            for member in part.of_segment(segment):
+                copy.view(member.storage, member.view)
         copied = new.land(tell)
         ram = [copy if s >= move.after.ram else None for s, copy in enumerate(part.ram)]
         gone = part.install([new.vram.get(s, copy) for s, copy in enumerate(part.vram)], ram, then)

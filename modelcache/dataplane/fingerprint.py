@@ -16,7 +16,9 @@ import torch
 
 _ROW_WORDS = 1 << 16
 _ROWS_AT_ONCE = 16
-_CACHED_BYTES = 2 * _ROW_WORDS * 4
+# Pieces this small stay in the cache of one core, and torch works on them with one thread: its many threads wait for
+# each other after every step, and for very long where other work has the cores.
+_PIECE_WORDS = 1 << 15
 CHUNK_BYTES = _ROWS_AT_ONCE * _ROW_WORDS * 4
 """How much is looked at in one go; `fetch` is asked for no more."""
 _MASK = (1 << 64) - 1
@@ -40,11 +42,11 @@ def fingerprint(memory: torch.Tensor, fetch: Callable[[int, int], torch.Tensor] 
     with torch.inference_mode(False), torch.no_grad():
         sums: list[torch.Tensor] = []
         weights = _weights()[: max(1, size // 4)].to(memory.device if fetch is None else "cpu")
-        # A processor works in its cache; elsewhere each step costs a launch. The number is the same.
-        step = _CACHED_BYTES if fetch is None and memory.device.type == "cpu" else CHUNK_BYTES
-        for start in range(0, size, step):
-            stop = min(start + step, size)
-            sums += _row_sums(memory[start:stop] if fetch is None else fetch(start, stop), weights)
+        for start in range(0, size, CHUNK_BYTES):
+            stop = min(start + CHUNK_BYTES, size)
+            chunk = memory[start:stop] if fetch is None else fetch(start, stop)
+            # A processor works in its cache; elsewhere each step costs a launch. The number is the same.
+            sums += _sums_in_cache(chunk, weights) if chunk.device.type == "cpu" else _row_sums(chunk, weights)
         # Device work is enqueued first and read back once: each read-back waits for the device.
         state = size
         for value in torch.cat(sums).tolist() if sums else ():
@@ -61,6 +63,22 @@ def _row_sums(chunk: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
         sums.append((words[: num_rows * _ROW_WORDS].view(num_rows, _ROW_WORDS) * weights).sum(dim=1))
     if rest := num_words - num_rows * _ROW_WORDS:
         sums.append((words[num_rows * _ROW_WORDS :] * weights[:rest]).sum(dim=0, keepdim=True))
+    if odd := chunk.numel() % 4:
+        sums.append(chunk[-odd:].to(torch.int64))
+    return sums
+
+
+def _sums_in_cache(chunk: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
+    words = chunk[: chunk.numel() // 4 * 4].view(torch.int32)
+    pieces = torch.split(weights, _PIECE_WORDS)
+    wide = torch.empty(min(_PIECE_WORDS, words.numel()), dtype=torch.int64, device="cpu")
+    sums: list[torch.Tensor] = []
+    for row in torch.split(words, _ROW_WORDS) if words.numel() else ():
+        parts = [
+            torch.dot(wide[: piece.numel()].copy_(piece), weight[: piece.numel()])
+            for piece, weight in zip(torch.split(row, _PIECE_WORDS), pieces, strict=False)
+        ]
+        sums.append(sum(parts[1:], start=parts[0]).reshape(1))
     if odd := chunk.numel() % 4:
         sums.append(chunk[-odd:].to(torch.int64))
     return sums

@@ -1,0 +1,134 @@
+"""What a switch costs beside the copy: promotion, giving up, and both, on the simulated device's link of 8 GB/s.
+
+    python benchmarks/links.py
+    python benchmarks/links.py --write links_NAME
+
+The reference is one flat copy of the same bytes over the same kind of link, taken in turn with ours. The victim of a
+switch was looked at for writes beforehand, as it is when it has not been used for a moment.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from figures import Figure, present, spread
+
+from modelcache import ModelCache
+from modelcache.testing import SimulatedDevice
+
+LINK_BYTES_PER_S = 8e9
+MB, GB = 1_000_000, 1_000_000_000
+ROUNDS = 7
+UNUSED_S = 0.6  # after which a copy has been looked at
+
+
+def model(size_bytes: int, num_tensors: int) -> Callable[[], torch.nn.Module]:
+    """A model of equal tensors of 32-bit floats."""
+    return lambda: torch.nn.ParameterList(
+        torch.nn.Parameter(torch.ones(size_bytes // num_tensors // 4), requires_grad=False) for _ in range(num_tensors)
+    )
+
+
+@contextmanager
+def flat(size_bytes: int) -> Iterator[Callable[[], float]]:
+    """A function that copies as many bytes in one piece, and gives the seconds."""
+    device = SimulatedDevice(capacity_bytes=size_bytes + MB, link_bytes_per_s=LINK_BYTES_PER_S, poison=False)
+    source = torch.ones(size_bytes, dtype=torch.uint8)
+    target = device.allocate(size_bytes)
+
+    def copy() -> float:
+        began = time.perf_counter()
+        device.copy_in(target, source).wait()
+        return time.perf_counter() - began
+
+    copy()
+    yield copy
+    del target
+    device.close()
+
+
+@contextmanager
+def cache_of(vram: int, ram: int) -> Iterator[ModelCache]:
+    device = SimulatedDevice(capacity_bytes=2 * vram, link_bytes_per_s=LINK_BYTES_PER_S, poison=False)
+    with ModelCache(device=device, vram=vram, ram=ram, progress=False) as cache:
+        yield cache
+
+
+def unused() -> None:
+    threading.Event().wait(UNUSED_S)
+
+
+def figure(what: str, ours: list[float], flats: list[float], limit: float | None, reference: str) -> Figure:
+    ratio = statistics.median(a / b for a, b in zip(ours, flats, strict=True))
+    return Figure(
+        what,
+        f"{statistics.median(ours) * 1e3:.1f} ms",
+        f"{statistics.median(flats) * 1e3:.1f} ms ({reference})",
+        f"{ratio:.3f}",
+        "shown" if limit is None else f"<= {limit}",
+        limit is None or ratio <= limit,
+        f"{spread([each * 1e3 for each in ours])} ms",
+        tuple(each * 1e3 for each in ours),
+    )
+
+
+def promotions(size_bytes: int, num_tensors: int, limit: float) -> list[Figure]:
+    """From the request to the last segment's landing, beside one flat copy."""
+    ours, flats, given = [], [], []
+    with flat(size_bytes) as copy, cache_of(int(size_bytes * 1.1), int(size_bytes * 1.2)) as cache:
+        cache.register("model", model(size_bytes, num_tensors))
+        cache.prefetch("model").result()
+        for _ in range(ROUNDS):
+            unused()
+            began = time.perf_counter()
+            cache.park("model")
+            given.append(time.perf_counter() - began)
+            flats.append(copy())
+            began = time.perf_counter()
+            cache.prefetch("model").result()
+            ours.append(time.perf_counter() - began)
+    size = f"{size_bytes / GB:g} GB in {num_tensors:,} tensors"
+    return [
+        figure(f"promote {size}", ours, flats, limit, "flat copy"),
+        figure(f"park {size}, looked at before; ends with the allocator's release", given, flats, None, "flat copy"),
+    ]
+
+
+def switches(size_bytes: int, num_tensors: int) -> list[Figure]:
+    """A to B where only one fits."""
+    ours, flats, given = [], [], []
+    with flat(size_bytes) as copy, cache_of(int(size_bytes * 1.2), int(size_bytes * 2.4)) as cache:
+        for name in "ab":
+            cache.register(name, model(size_bytes, num_tensors))
+            cache.prefetch(name).result()
+        for name in "abababab":
+            unused()
+            flats.append(copy())
+            began = time.perf_counter()
+            with cache.lease_many(name):
+                ours.append(time.perf_counter() - began)
+            given.append(next(e.seconds for e in reversed(cache.events()) if e.kind.value == "trim"))
+    size = f"{size_bytes / GB:g} GB in {num_tensors:,} tensors"
+    return [
+        figure(f"switch to {size}", ours, flats, 1.05, "flat copy"),
+        figure(f"of which giving up the other's clean copy of {size}", given, flats, 0.01, "flat copy"),
+    ]
+
+
+def measure() -> list[Figure]:
+    torch.set_grad_enabled(False)
+    return [
+        *promotions(200 * MB, 3000, 1.10),
+        *promotions(2 * GB, 3000, 1.05),
+        *switches(500 * MB, 300),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(present("links.py", __doc__, measure))
