@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from modelcache.dataplane.blocks import return_freed_heap
@@ -144,6 +145,9 @@ def _copy(target: torch.Tensor, source: torch.Tensor, tiers: Tiers) -> None:
     device = tiers.device
     if device.holds_copies and source.device == device.torch_device:
         device.copy_out(target, source).wait()
+    elif source.device.type == "cpu":
+        # torch would divide this among threads that wait for each other, and for very long on a busy machine.
+        np.copyto(target.numpy(), source.numpy())
     else:
         target.copy_(source)
 
