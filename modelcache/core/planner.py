@@ -176,7 +176,7 @@ class Planner:
             held = part.room(part.residency)
             if name in spared:
                 fixed[Tier.VRAM] += held.vram
-                fixed[Tier.RAM] += held.ram
+                fixed[Tier.RAM] += held.ram if not self._has_spare_twins(part) else 0
                 continue
             if self._books.top is Tier.VRAM and not self.may_leave_vram(part):
                 fixed[Tier.VRAM] += held.vram
@@ -192,6 +192,12 @@ class Planner:
                 )
                 return Refusal(Cause.HELD, tier, needs.of(tier), max(0, target - fixed_bytes), reason=why)
         return None
+
+    def _has_spare_twins(self, part: Part) -> bool:
+        """Whether it is wholly in VRAM, so that RAM can give up what it has of it even for the model's other parts."""
+        if self._books.top is not Tier.VRAM or part.vram < part.n or part.flight is not None or part.covered_by:
+            return False
+        return part.rereadable and self.may_leave_ram(part)
 
     def _workspaces_that_stay(self, spared: frozenset[str]) -> int:
         """Charged workspaces of models none of whose parts may go: a workspace is given up with a part."""
@@ -260,7 +266,11 @@ class Planner:
             return
         ranked = list(self._ranked(Tier.RAM, may_take, spared))
         if self._books.top is Tier.VRAM:
-            self._shed_duplicates(draft, ranked)
+            own = [
+                part for name in sorted(spared) if name in self._books.resident for part in (self._books.parts[name],)
+            ]
+            twins = [part for part in own if self._has_spare_twins(part) and all(map(may_take, part.models))]
+            self._shed_duplicates(draft, [*ranked, *twins])
         else:
             for part in ranked:
                 for name in part.models:

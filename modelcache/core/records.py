@@ -340,22 +340,20 @@ class Books:
                     seen.add(part)
                     yield self.parts[part]
 
-    def choose_form(self, model: Model) -> None:
-        """Whole if that fits the top tier at all, else as its dispatch has it; as it is while anything of it moves.
-
-        What is in VRAM of its offloaded parts, and a charged workspace, must be given up before the form can change.
-        """
+    def may_change_form(self, model: Model) -> bool:
+        """Whether it has two forms and nothing of it is on its way, in VRAM of its offloaded parts, or charged."""
         parts = [self.parts[part] for part in model.parts]
-        offloaded = [part for part in parts if part.facts.offloaded]
-        is_fixed = model.workspace_charged or model.workspace_covered_by or any(part.vram for part in offloaded)
-        if self.top is not Tier.VRAM or not offloaded or is_fixed:
-            return
-        if any(part.flight is not None or part.covered_by for part in parts):
-            return
-        whole_bytes = sum(part.vram_sums[-1] for part in parts) + model.spec.workspace_bytes
-        model.is_dispatched = whole_bytes > self.vram.target_bytes
-        for part in offloaded:
-            part.top = Tier.RAM if model.is_dispatched else Tier.VRAM
+        is_fixed = model.workspace_charged or model.workspace_covered_by
+        if self.top is not Tier.VRAM or is_fixed or not any(part.facts.offloaded for part in parts):
+            return False
+        return not any(part.flight or part.covered_by or (part.facts.offloaded and part.vram) for part in parts)
+
+    def take_form(self, model: Model, *, dispatched: bool) -> None:
+        """From now on it is usable whole, or with its offloaded parts in RAM."""
+        model.is_dispatched = dispatched
+        for part in (self.parts[part] for part in model.parts):
+            if part.facts.offloaded:
+                part.top = Tier.RAM if dispatched else self.top
 
     def is_up(self, model: Model) -> bool:
         """Loaded, whole on the top tier, and nothing of it in flight."""

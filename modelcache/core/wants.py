@@ -171,8 +171,10 @@ class Wants:
             # A part that came up for one model is not usable for another before its workspace is charged.
         m.touched[name] = None
         model.onload_bytes = facts.onload_bytes
-        m.books.choose_form(model)
         error = self._too_large((name,))
+        if error is not None and m.books.may_change_form(model):
+            m.books.take_form(model, dispatched=True)
+            error = self._too_large((name,))
         if error is not None:
             self._unload(model, error)
         else:
@@ -250,22 +252,40 @@ class Wants:
 
     def _plan_up(self, waiting: Waiting, names: tuple[str, ...], tier: Tier) -> bool:
         m = self._m
-        for name in names:
-            m.books.choose_form(m.books.models[name])
+        self._choose_forms(waiting, names, tier)
         needs = self.needs_up(waiting, names, tier)
         if needs is None:
             waiting.why = "a move that another request has started"
             return False
         error = self._too_large(names)
         if error is not None:
-            if not self._changes_form(waiting, names):
+            if not self._give_up_offloaded(waiting, names):
                 m.refuse(waiting, error)
             return False
         spare = [part.facts.part for part in m.books.parts_of(names)]
         return self._plan(waiting, needs, spare, Reason.LRU)
 
-    def _changes_form(self, waiting: Waiting, names: tuple[str, ...]) -> bool:
-        """Whether models that came up whole, before a budget was lowered, give up what their dispatch keeps off."""
+    def _choose_forms(self, waiting: Waiting, names: tuple[str, ...], tier: Tier) -> None:
+        """Whole, unless these can never be there together so: then from their dispatches, as far as they have any."""
+        m = self._m
+        models = [model for name in names if m.books.may_change_form(model := m.books.models[name])]
+        for model in models:
+            m.books.take_form(model, dispatched=False)
+        if not models:
+            return
+        spare = [part.facts.part for part in m.books.parts_of(names)]
+        needs = self.needs_up(waiting, names, tier)
+        never = needs is not None and m.planner.could_ever_fit(needs, spare)
+        if never or self._too_large(names) is not None:
+            for model in models:
+                m.books.take_form(model, dispatched=True)
+
+    def is_too_large(self, names: tuple[str, ...]) -> bool:
+        """Whether these can never be there together as they are now."""
+        return self._too_large(names) is not None
+
+    def _give_up_offloaded(self, waiting: Waiting, names: tuple[str, ...]) -> bool:
+        """Let models that came up whole, before a budget was lowered, give up what keeps them so; False if none can."""
         m = self._m
         parts = [part for part in m.books.parts_of(names) if part.facts.offloaded and part.vram]
         if not parts or not all(m.planner.may_leave_vram(part) for part in parts):

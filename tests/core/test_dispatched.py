@@ -9,7 +9,7 @@ from worlds import part, spec
 from modelcache.core.explain import explain
 from modelcache.core.machine import Budgets
 from modelcache.core.messages import Done, WantBudget, WantCopy, WantDown, WantGone
-from modelcache.errors import ModelTooLargeError
+from modelcache.errors import LeaseCycleError, ModelTooLargeError
 from modelcache.move import LoadedFacts, MoveKind, PartFacts
 from modelcache.spec import ModelSpec
 from modelcache.tier import Tier
@@ -212,3 +212,54 @@ def test_on_a_machine_without_an_accelerator_it_is_whole_in_ram():
     scene.use("big")
     assert scene.machine.books.ram.resident_bytes == 9
     assert not scene.machine.books.models["big"].is_dispatched
+
+
+def test_beside_a_pinned_neighbour_it_runs_from_its_dispatch():
+    scene = Scene(Budgets(ram=40, vram=12), whole("pinned", 6), dispatched("big", 3, (2, 2, 2), 2))
+    scene.use("pinned")
+    scene.pin("pinned", Tier.VRAM)
+    scene.use("big")
+    assert scene.machine.books.models["big"].is_dispatched
+    assert scene.machine.books.vram.resident_bytes == 6 + 5
+
+
+def test_two_that_fit_whole_one_by_one_fit_together_from_their_dispatches():
+    scene = Scene(Budgets(ram=40, vram=10), dispatched("a", 3, (2, 2, 2), 2), dispatched("b", 3, (2, 2, 2), 2))
+    scene.use("a", "b")
+    assert not scene.machine.books.models["b"].is_dispatched
+    scene.get("a", "b")
+    assert scene.machine.books.vram.resident_bytes == 10
+
+
+def test_a_ram_budget_below_the_sum_of_its_parts_is_enough_if_the_device_part_can_be_read_again():
+    scene = Scene(Budgets(ram=6, vram=6), dispatched("big", 3, (2, 2, 2), 2))
+    scene.use("big")
+    assert scene.state("big") == "ready"
+    assert scene.machine.books.ram.resident_bytes == 6
+
+
+def test_two_callers_who_want_what_the_other_one_holds_are_told_of_the_circle():
+    scene = Scene(Budgets(ram=60, vram=12), dispatched("a", 3, (8, 8), 2), dispatched("b", 3, (8, 8), 2))
+    first, second = scene.lease("a", holder=0), scene.lease("b", holder=1)
+    scene.settle()
+    assert got(first)
+    assert got(second)
+    scene.lease("b", holder=0)
+    last = scene.lease("a", holder=1)
+    scene.settle()
+    assert isinstance(error_of(last), LeaseCycleError)
+
+
+def test_whoever_waits_while_a_budget_is_lowered_gets_it_in_its_other_form():
+    scene = Scene(Budgets(ram=60, vram=12), dispatched("big", 3, (2, 2, 2), 2), whole("other", 4), whole("large", 12))
+    scene.use("big")
+    held = scene.get("other")
+    waits = scene.lease("large", holder="someone")
+    late = scene.lease("big", holder="late")
+    scene.ask(WantBudget(Tier.VRAM, 8))
+    scene.settle()
+    scene.leave(held)
+    scene.settle()
+    assert isinstance(error_of(waits), ModelTooLargeError)
+    assert got(late), late.answer
+    assert scene.machine.books.models["big"].is_dispatched
