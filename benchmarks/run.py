@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 
+import host_only_memory
 import materialize
 import torch
 from figures import Figure, present, spread
@@ -221,8 +222,8 @@ def switches() -> list[Figure]:
 
 
 def measure() -> list[Figure]:
-    # First, because it forks, which a process with threads had better not.
-    figures = materialize.measure()
+    # First, because they fork, which a process with threads had better not.
+    figures = materialize.measure() + host_only_memory.measure()
     torch.set_grad_enabled(False)
     with ModelCache(ram="64MiB", device="host_only", progress=False) as cache:
         cache.register("model", Identity)

@@ -141,6 +141,7 @@ class LoadedFacts:
         parts: In first-use order. A part that another model already brought in appears with the same id.
         concurrency: The adapter's default number of leases at a time; 0 is unlimited.
         type_name: Of the object, for people.
+        whole_only: Why a model that was dispatched can only run whole; empty otherwise.
         onload_bytes: What a forward brings onto the device at once while the offloaded parts stay in RAM.
     """
 
@@ -149,3 +150,4 @@ class LoadedFacts:
     type_name: str
     seconds: float = 0.0
     onload_bytes: int = 0
+    whole_only: str = ""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modelcache import ModelCache
-from modelcache.errors import MoveError
+from modelcache.errors import LeaseError, MoveError
 from modelcache.testing import SimulatedDevice
 from modelcache.tier import Tier
 
@@ -33,9 +33,14 @@ def adapted(base=None):
     """A model with a LoRA adapter that changes its answers, not merged."""
     import peft
 
-    torch.manual_seed(1)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    return peft.get_peft_model(llama() if base is None else base, config).eval()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(llama() if base is None else base, config).eval()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            # Not by peft's own drawing: a device draws other numbers than the CPU.
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def answer(model, device) -> torch.Tensor:
@@ -49,7 +54,7 @@ class Scene:
         self.device = self.simulated.torch_device
         self.cache = ModelCache(
             device=self.simulated,
-            vram=4 << 20,
+            vram=128 << 10,
             ram=8 << 20,
             disk=8 << 20,
             image_dir=tmp_path,
@@ -104,9 +109,9 @@ def test_a_merge_outlives_being_given_up_for_other_models(scene, expected):
     scene.cache.register("m", adapted)
     with scene.cache.get("m") as model:
         model.merge_adapter()
-    scene.cache.register("big", lambda: torch.nn.Linear(1000, 1000).requires_grad_(False))
-    with scene.cache.get("big"):
-        assert scene.cache.info("m").vram_bytes == 0 or scene.cache.info("m").state == "partial"
+    scene.cache.register("other", lambda: torch.nn.Linear(170, 170).requires_grad_(requires_grad=False))
+    with scene.cache.get("other"):
+        assert scene.cache.info("m").state in ("parked", "partial")
     with scene.cache.get("m") as model:
         assert torch.equal(answer(model, scene.device), expected)
 
@@ -135,9 +140,9 @@ def test_refuse_keeps_a_merged_model_where_it_is_and_says_so(scene, expected):
     scene.cache.register("m", adapted, on_write="refuse")
     with scene.cache.get("m") as model:
         model.merge_adapter()
-    with pytest.raises(MoveError) as caught:
-        scene.cache.park("m")
-    assert "on_write" in str(caught.value)
+    for tier in (Tier.RAM, Tier.DISK):
+        with pytest.raises(LeaseError, match="'m' was written to and is not given up"):
+            scene.cache.evict("m", to=tier)
     assert scene.cache.info("m").state == "ready"
     with scene.cache.get("m") as model:
         assert torch.equal(answer(model, scene.device), expected)

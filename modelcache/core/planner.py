@@ -200,16 +200,17 @@ class Planner:
         return part.rereadable and self.may_leave_ram(part)
 
     def _workspaces_that_stay(self, spared: frozenset[str]) -> int:
-        """Charged workspaces of models none of whose parts may go: a workspace is given up with a part."""
+        """Charged workspaces of models none of whose parts may go: a workspace is given up with a part.
+
+        One whose parts are still on their way up is not among them: they will be there to give it up with.
+        """
         may_leave = self.may_leave_vram if self._books.top is Tier.VRAM else self.may_leave_whole
-        giving = {
-            model
-            for name in self._books.resident
-            if name not in spared and may_leave(self._books.parts[name])
-            for model in self._books.parts[name].models
-        }
-        models = self._books.models.items()
-        return sum(model.workspace_bytes for name, model in models if model.workspace_charged and name not in giving)
+
+        def stays(model: Model) -> bool:
+            known = [name for name in model.parts if name in spared or name in self._books.resident]
+            return bool(known) and not any(name not in spared and may_leave(self._books.parts[name]) for name in known)
+
+        return sum(m.workspace_bytes for m in self._books.models.values() if m.workspace_charged and stays(m))
 
     def _complete(self, draft: _Draft, may_take: Callable[[str], bool], spared: frozenset[str]) -> Plan | Refusal:
         self._free(draft, may_take, spared)

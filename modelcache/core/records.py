@@ -219,6 +219,7 @@ class Model:
         limit: Leases at a time; 0 is unlimited.
         onload_bytes: What a forward brings onto the device at once when the model runs from its dispatch.
         is_dispatched: It does not fit whole, so it runs from its dispatch: its offloaded parts stay in RAM.
+        whole_only: Why it can only run whole although it was dispatched.
         too_large: What it was measured to need at least, when that was more than the budgets.
         gate_is_open: What the machine ordered last.
         workspace_charged: The top tier holds its workspace.
@@ -237,6 +238,7 @@ class Model:
     onload_bytes: int = 0
     is_dispatched: bool = False
     too_large: Room | None = None
+    whole_only: str = ""
     type_name: str = ""
     gate_is_open: bool = False
     gate_is_watched: bool = False

@@ -170,7 +170,7 @@ class Wants:
             part.models.append(name)
             # A part that came up for one model is not usable for another before its workspace is charged.
         m.touched[name] = None
-        model.onload_bytes = facts.onload_bytes
+        model.onload_bytes, model.whole_only = facts.onload_bytes, facts.whole_only
         error = self._too_large((name,))
         if error is not None and m.books.may_change_form(model):
             m.books.take_form(model, dispatched=True)
@@ -287,17 +287,26 @@ class Wants:
     def _give_up_offloaded(self, waiting: Waiting, names: tuple[str, ...]) -> bool:
         """Let models that came up whole, before a budget was lowered, give up what keeps them so; False if none can."""
         m = self._m
-        parts = [part for part in m.books.parts_of(names) if part.facts.offloaded and part.vram]
-        if not parts or not all(m.planner.may_leave_vram(part) for part in parts):
-            return False
+        models = [m.books.models[name] for name in names]
+        models = [model for model in models if model.onload_bytes and not model.is_dispatched]
+        parts = list(m.books.parts_of(model.spec.name for model in models))
         waiting.why = "its offloaded weights to leave VRAM"
-        if all(part.flight is None and not part.covered_by for part in parts):
-            result = m.planner.plan_down(parts, Tier.RAM, m.may_take(waiting))
+        if any(part.flight is not None or part.covered_by for part in parts):
+            return True
+        whole = [part for part in parts if part.facts.offloaded and part.vram]
+        charged = [model.spec.name for model in models if model.workspace_charged]
+        if not all(m.planner.may_leave_vram(part) for part in whole) or not (whole or charged):
+            return False
+        if whole:
+            result = m.planner.plan_down(whole, Tier.RAM, m.may_take(waiting))
             if isinstance(result, Refusal):
                 self._no_plan(waiting, result)
             else:
                 m.carry_out(waiting, result, Reason.PRESSURE)
                 m.dissolve(waiting)
+        for name in charged if not whole else ():
+            m.flights.give_workspace(name)
+            m.changed = True
         return True
 
     def needs_up(self, waiting: Waiting, names: tuple[str, ...], tier: Tier) -> Room | None:
@@ -612,7 +621,8 @@ def _detail(needed: int, models: list[Model]) -> str:
         *([f"weights brought in at a time {format_bytes(onloaded)}"] if onloaded else []),
         *([f"workspace {format_bytes(workspace)}"] if workspace else []),
     ]
-    return " + ".join(parts) if len(parts) > 1 else ""
+    whole = [f"runs only whole: {model.whole_only}" for model in models if model.whole_only]
+    return "; ".join([" + ".join(parts)] * (len(parts) > 1) + whole)
 
 
 def _forbids(pin: Tier | None, tier: Tier) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
@@ -104,12 +104,27 @@ class Offload:
         covers_subtree: Whether the names reach into submodules (``preload_module_classes``).
         tied_names: Names that accelerate saw tied when it took them away.
         tied_memory: accelerate's record of tied memory, shared by all hooks of one dispatch: address -> copies.
+        hook: The attributes of the hook.
     """
 
     weights: Mapping[str, Any]
     covers_subtree: bool
     tied_names: frozenset[str]
     tied_memory: Mapping[int, Mapping[Any, torch.Tensor]] | None
+    hook: dict[str, Any] = field(repr=False, compare=False, default_factory=dict)
+
+    @property
+    def has_other_weights(self) -> bool:
+        """Whether somebody gave the hook another mapping since, as peft does when it merges."""
+        return self.hook["weights_map"] is not self.weights
+
+    def weights_now(self) -> Mapping[str, Any]:
+        """What the hook looks weights up in now."""
+        return self.hook["weights_map"] or {}
+
+    def put_back(self) -> None:
+        """Give the hook its mapping back."""
+        self.hook["weights_map"] = self.weights
 
 
 def offloads_of(module: torch.nn.Module) -> list[Offload]:
@@ -120,6 +135,7 @@ def offloads_of(module: torch.nn.Module) -> list[Offload]:
             covers_subtree=bool(hook.place_submodules),
             tied_names=frozenset(getattr(hook, "tied_params_names", ())),
             tied_memory=getattr(hook, "tied_params_map", None),
+            hook=vars(hook),
         )
         for hook in hooks_of(module)
         if isinstance(hook, AlignDevicesHook) and hook.offload and hook.weights_map is not None
@@ -256,7 +272,7 @@ def _without_device_hooks(module: torch.nn.Module) -> list[Swap]:
         # accelerate patches the class of a traced module, which belongs to this one instance.
         original = old.__func__ if isinstance(old, MethodType) else old
         swaps.append(ClassEntry(type(module), "forward", type(module).forward, original))
-    elif "forward" in attributes and not _is_hooked_forward(attributes["forward"]):
+    elif "forward" in attributes and not is_hooked_forward(attributes["forward"]):
         # Someone patched the hooked forward. The patch still calls into the hook, so a hook that does nothing stays.
         return [Entry(attributes, "_hf_hook", attributes["_hf_hook"], ModelHook())]
     else:
@@ -267,7 +283,7 @@ def _without_device_hooks(module: torch.nn.Module) -> list[Swap]:
     return swaps
 
 
-def _is_hooked_forward(forward: Any) -> bool:
+def is_hooked_forward(forward: Any) -> bool:
     """Whether this is the partial that accelerate puts in place of a forward."""
     return _made_by(getattr(forward, "func", None), "hooks.py", "new_forward")
 

@@ -36,7 +36,7 @@ from modelcache.errors import LoaderError
 from modelcache.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from modelcache.dataplane.dispatched import Dispatch, Mapped
+    from modelcache.dataplane.dispatched import Dispatch
 
 _counter = itertools.count(1)
 # A part may move between being found and being locked; after that many rounds somebody moves it all the time.
@@ -159,15 +159,13 @@ class Admission:
 def _point_hooks(dispatch: Dispatch, parts: Iterable[Part], model: str) -> None:
     """Let the weights that hooks bring in be the bytes of the model's parts, wherever they are."""
     known = {key: (part, member) for part in parts for key, member in part.members.items()}
-    entries: list[tuple[Mapped, torch.Tensor]] = []
     for mapped in dispatch.mapped:
-        tensor = mapped.tensor.detach()
+        mapped.entry = mapped.tensor.detach()
         if id(mapped.tensor) in known:
             part, member = known[id(mapped.tensor)]
-            part.add(Member(f"{member.name} (of its dispatch)", tensor, member.storage, member.view, {model}))
-        entries.append((mapped, tensor))
-    for mapped, tensor in entries:
-        mapped.table[mapped.key] = tensor
+            part.add(Member(f"{member.name} (of its dispatch)", mapped.entry, member.storage, member.view, {model}))
+    for mapped in dispatch.mapped:
+        mapped.table[mapped.key] = mapped.entry
 
 
 def _require_no_offloaded(spec: ModelSpec, shared: Mapping[int, _Share]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -30,9 +33,13 @@ class DispatchSource:
         self, places: Mapping[str, FileBytes], marks: Mapping[str, Mark], rest: Source | None, *, model_name: str
     ) -> None:
         self._places, self._marks, self._rest, self._model_name = places, marks, rest, model_name
+        # A loader called again may write the very files that are read here, and need not stand two calls at once.
+        self._turn: AbstractContextManager[object] = threading.Lock() if rest is not None else contextlib.nullcontext()
 
     def describe(self) -> str:
         """The folder, or the first of several."""
+        if self._rest is not None and not self._places:
+            return self._rest.describe()
         return str(Path(next(iter(self._places.values())).path).parent)
 
     def names(self) -> frozenset[str]:
@@ -48,6 +55,10 @@ class DispatchSource:
                 the model was dispatched with.
             LoaderError: The loader, called again for what is in no file, failed.
         """
+        with self._turn:
+            self._fill(targets, report)
+
+    def _fill(self, targets: Mapping[str, torch.Tensor], report: Report | None) -> None:
         names = [name for name in targets if name in self._places]
         try:
             read_into([(self._places[name], targets[name]) for name in names], report)
@@ -58,7 +69,8 @@ class DispatchSource:
         for name in names:
             self._check(name, targets[name])
         others = {name: target for name, target in targets.items() if name not in self._places}
-        if others and self._rest is not None:
+        if others:
+            assert self._rest is not None, "asked for what this source does not offer"
             self._rest.fill(others, report)
 
     def _check(self, name: str, tensor: torch.Tensor) -> None:

@@ -19,7 +19,7 @@ from modelcache.dataplane import accelerate_state as state
 from modelcache.dataplane.device.protocol import Device
 from modelcache.dataplane.dispatch_source import DispatchSource
 from modelcache.dataplane.materialize import materialize_meta_tensors, of_pipeline, planned
-from modelcache.dataplane.materialize_journal import Entry, Swap, swap_all, undo_all
+from modelcache.dataplane.materialize_journal import ABSENT, Entry, Swap, swap_all, undo_all
 from modelcache.dataplane.materialize_plan import Plan, Unit
 from modelcache.dataplane.materialize_record import marked
 from modelcache.dataplane.materialize_rewrap import as_buffer, as_parameter, is_bitsandbytes
@@ -27,19 +27,51 @@ from modelcache.dataplane.materialize_slots import Slot, is_wrapper, size_bytes
 from modelcache.dataplane.materialize_stage import Staged, fetch, stride_for
 from modelcache.dataplane.materialize_ties import collect_claims, unite
 from modelcache.dataplane.source import Source
+from modelcache.dataplane.taken_over import TakenOver
 from modelcache.dataplane.weight_files import FileBytes
 
 log = logging.getLogger("modelcache.dataplane")
 _CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Mapped:
-    """An entry of a hook's weights that stands for one of the model's tensors."""
+    """One weight that a hook brings in.
 
+    Attributes:
+        slot: Where the model has it, or its placeholder.
+        tensor: The model's own tensor.
+        table: Where the hook's mapping has it, under `key`.
+        offload: The hook, which looks it up as `local`.
+        entry: What `table` shall hold: the bytes of the model's part, wherever they are.
+    """
+
+    slot: Slot
+    tensor: torch.Tensor
     table: MutableMapping[str, Any]
     key: str
-    tensor: torch.Tensor
+    offload: state.Offload | None
+    local: str
+    entry: torch.Tensor | None = None
+
+    def foreign(self) -> torch.Tensor | None:
+        """What somebody put where the placeholder, the entry or the hook's mapping belongs."""
+        now = self.slot.table.get(self.slot.key)
+        if now is not None and not now.is_meta and now is not self.tensor:
+            return now
+        if self.offload is not None and self.offload.has_other_weights:
+            now = self.offload.weights_now().get(self.local)
+        elif self.table.get(self.key) is not self.entry:
+            now = self.table.get(self.key)
+        else:
+            return None
+        return now if isinstance(now, torch.Tensor) and not now.is_meta else None
+
+    def put_back(self) -> None:
+        """Let the hook find the entry again."""
+        if self.offload is not None:
+            self.offload.put_back()
+        self.table[self.key] = self.entry
 
 
 @dataclass(slots=True, eq=False)
@@ -48,42 +80,70 @@ class Dispatch:
 
     Attributes:
         swaps: From this form to the whole one; only pointers.
+        forwards: Those of them that concern a module's forward, with the module's name.
         offloaded: The tensors that are not on the device in this form, by ``id``.
-        mapped: Where the hooks look for weights.
+        mapped: What hooks bring in.
         onload_bytes: What a forward brings in at once, as the device charges it.
         is_on: The model is in this form.
     """
 
     swaps: Sequence[Swap]
+    forwards: Sequence[tuple[str, Entry]]
     offloaded: Mapping[int, torch.Tensor]
     mapped: Sequence[Mapped]
     onload_bytes: int
     is_on: bool = False
 
     def put_on(self) -> None:
-        """Give the model its hooks and placeholders back."""
+        """Give the model its hooks and placeholders back.
+
+        Raises:
+            ValueError: Somebody patched what would be lost.
+        """
         if not self.is_on:
+            self._refuse_patches()
             undo_all(self.swaps)
             self.is_on = True
 
     def take_off(self) -> None:
-        """Give the model its own tensors back. What a forward that failed left on the device goes."""
+        """Give the model its own tensors back; what was not adopted before is dropped.
+
+        Raises:
+            ValueError: Somebody patched what would be lost.
+        """
         if self.is_on:
+            self._refuse_patches()
             swap_all(self.swaps, check=lambda: None)
             self.is_on = False
 
+    def has_foreign(self) -> bool:
+        """Whether weights were put into the model or its hooks while it is in this form."""
+        return self.is_on and any(mapped.foreign() is not None for mapped in self.mapped)
 
-@dataclass(frozen=True, slots=True)
-class TakenOver:
-    """A model without hooks.
+    def adopt_foreign(self) -> None:
+        """Copy such weights into the model's own tensors, as the writes that they are.
 
-    Attributes:
-        source: What fills its tensors on ``meta``, and may be read again.
-        dispatch: Its other form; `None` if it can only run whole.
-    """
+        Raises:
+            ValueError: They have another shape or type. Nothing was changed.
+        """
+        found = [(mapped, value) for mapped in self.mapped if (value := mapped.foreign()) is not None]
+        for mapped, value in found:
+            if (value.shape, value.dtype) != (mapped.tensor.shape, mapped.tensor.dtype):
+                was = f"{list(mapped.tensor.shape)} {mapped.tensor.dtype}"
+                raise ValueError(f"{mapped.slot.names[0]!r} was {was} and is {list(value.shape)} {value.dtype}")
+        for mapped, value in found:
+            mapped.tensor.detach().copy_(value.detach())
+        for mapped, _ in found:
+            mapped.put_back()
 
-    source: Source | None
-    dispatch: Dispatch | None
+    def _refuse_patches(self) -> None:
+        for name, swap in self.forwards:
+            now = swap.table.get("forward", ABSENT)
+            if now not in (ABSENT, swap.before if self.is_on else swap.after) and not state.is_hooked_forward(now):
+                raise ValueError(
+                    f"the forward of {name or 'the model'} was set after it was loaded, and would be lost; patch it in "
+                    "the loader, before the dispatch"
+                )
 
 
 @dataclass(slots=True)
@@ -111,7 +171,7 @@ def take_over(model: object, rest: Source | None, device: Device, *, name: str) 
     if not all(_is_plain(unit) for unit in plan.loads):
         # Quantized weights and foreign mappings are rebuilt by asking their libraries, which read what they read.
         materialize_meta_tensors(model, "cpu", keep_dispatch=False)
-        return TakenOver(rest, None)
+        return TakenOver(rest, None, "its weights are quantized, or in a mapping of another library")
     staged = _Unread(tensors={unit: unit.tensor for unit in plan.live})
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         staged.tensors |= {unit: _unread(unit) for unit in plan.loads}
@@ -122,8 +182,9 @@ def take_over(model: object, rest: Source | None, device: Device, *, name: str) 
     if reason:
         log.info("model=%s runs only whole: %s", name, reason)
     ties = [swap for module in plan.places.modules for swap in state.without_ties(module)] if dispatch else []
-    swap_all([*ties, *swaps], check=lambda: None)
-    return TakenOver(_source(plan, tensors, rest, name), dispatch)
+    done = [*ties, *swaps]
+    swap_all(done, check=lambda: None)
+    return TakenOver(_source(plan, tensors, rest, name), dispatch, reason, done)
 
 
 def _is_plain(unit: Unit) -> bool:
@@ -165,7 +226,7 @@ def _source(plan: Plan, tensors: Mapping[Unit, torch.Tensor], rest: Source | Non
     unread = [unit for unit in plan.loads if tensors[unit].is_meta]
     places = {known: unit.found for unit in unread for known in _names(unit.slots) if isinstance(unit.found, FileBytes)}
     marks = {known: mark for unit in unread for _, mark in marked(unit) for known in _names(unit.slots)}
-    return DispatchSource(places, marks, rest, model_name=name) if places else rest
+    return DispatchSource(places, marks, rest, model_name=name) if places or rest else None
 
 
 def _names(slots: Iterable[Slot]) -> Iterator[str]:
@@ -198,7 +259,8 @@ def _dispatch(
             place = None if kept is None else state.place_for_writing(kept)
             if place is None:
                 return None, f"the hooks' weights for {slot.names[0]!r} cannot be exchanged"
-            mapped.append(Mapped(*place, tensors[unit]))
+            offload, local = _looked_up(slot, offloads[slot.module], place)
+            mapped.append(Mapped(slot, tensors[unit], *place, offload, local))
             charge = device.charge_bytes(size_bytes(unit.tensor)) if unit.tensor.numel() else 0
             sizes[slot.module] = sizes.get(slot.module, 0) + charge
     brought = _brought_in(offloads)
@@ -210,7 +272,20 @@ def _dispatch(
     if not any(tensor.numel() for tensor in live.values()):
         # Something must tell a model that is parked from one that runs: what it has on the device.
         offloaded.pop(min(offloaded, key=lambda key: size_bytes(offloaded[key]) or sys.maxsize))
-    return Dispatch(swaps, offloaded, mapped, _most_at_once(offloads, sizes)), ""
+    named = {id(vars(module)): paths[0].shown for module, paths in plan.places.modules.items()}
+    forwards = [(named[id(swap.table)], swap) for swap in swaps if isinstance(swap, Entry) and swap.key == "forward"]
+    return Dispatch(swaps, forwards, offloaded, mapped, _most_at_once(offloads, sizes)), ""
+
+
+def _looked_up(
+    slot: Slot, offloads: Sequence[state.Offload], place: tuple[Mapping[str, Any], str]
+) -> tuple[state.Offload | None, str]:
+    """The hook on the slot's own module that finds its weight in `place`, and under which name."""
+    for offload in offloads:
+        kept = state.find_kept(offload.weights, slot.key)
+        if kept is not None and state.place_for_writing(kept) == place:
+            return offload, slot.key
+    return None, slot.key
 
 
 def _brought_in(offloads: Mapping[torch.nn.Module, Sequence[state.Offload]]) -> set[torch.nn.Module]:

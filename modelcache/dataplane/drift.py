@@ -26,8 +26,12 @@ def take_back(model: LoadedModel, part: Part, move: Move) -> None:
         MoveError: Its structure changed; the error names the tensors.
     """
     with model.lock:
-        if model.dispatch is not None:
-            model.dispatch.take_off()  # placeholders are no change of the user's
+        if model.dispatch is not None and model.dispatch.is_on:
+            try:
+                model.dispatch.adopt_foreign()
+                model.dispatch.take_off()  # placeholders are no change of the user's
+            except ValueError as error:
+                raise _drifted(model, move, [str(error)]) from error
         _adopt_exchanged(model, part, move)
     strays = [
         member for member in part.members.values() if model.spec.name in member.holders and _strayed(part, member)
@@ -48,6 +52,8 @@ def strays(model: LoadedModel, part: Part) -> bool:
     """Whether anything of a model is not as it was laid out, as far as it lies in `part`. Changes nothing."""
     with model.lock:
         on = model.dispatch if model.dispatch is not None and model.dispatch.is_on else None
+        if on is not None and on.has_foreign():
+            return True
         mapped = set() if on is None else {id(each.tensor) for each in on.mapped}
         present = {id(slot.tensor) for slot in walk(model.modules).slots if on is None or not slot.tensor.is_meta}
         known = {id(tensor) for tensor in model.names.values()}

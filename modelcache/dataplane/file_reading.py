@@ -14,13 +14,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
 
 import torch
 
-from modelcache.dataplane.fresh_pages import ask_for_pages
+from modelcache.dataplane.fresh_pages import ask_for_pages, has_pages
 from modelcache.dataplane.weight_files import FileBytes, FileProblemError
 from modelcache.errors import WeightsError
 from modelcache.headers import FileIdentity, regular_file
@@ -138,8 +138,8 @@ class Segment:
         position: The caller's number of the tensor.
         offset: Of the first byte in the file.
         size_bytes: How many bytes of the file it takes.
-        memory: Where they go as they are; `None` when they must be converted.
-        target: Where they go converted.
+        memory: Where they go as they are.
+        target: Where they go converted; exactly one of both is there.
         is_last: Whether the tensor is complete with it.
     """
 
@@ -148,7 +148,7 @@ class Segment:
     offset: int
     size_bytes: int
     memory: memoryview | None
-    target: torch.Tensor
+    target: torch.Tensor | None
     is_last: bool
 
 
@@ -207,7 +207,6 @@ def _pieces(wanted: Iterable[tuple[int, FileBytes, torch.Tensor]]) -> Iterator[l
 
 
 def _segments(position: int, place: FileBytes, tensor: torch.Tensor) -> Iterator[Segment]:
-    tensor = tensor.detach()
     size_bytes = place.size_bytes
     is_plain = tensor.dtype == place.dtype and place.cast in (None, place.dtype)
     if is_plain and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
@@ -215,8 +214,9 @@ def _segments(position: int, place: FileBytes, tensor: torch.Tensor) -> Iterator
         for start in range(0, max(size_bytes, 1), _PIECE_BYTES):
             end = min(start + _PIECE_BYTES, size_bytes)
             part = memory[start:end]
-            yield Segment(position, place, place.offset + start, end - start, part, tensor, end == size_bytes)
+            yield Segment(position, place, place.offset + start, end - start, part, None, end == size_bytes)
         return
+    tensor = tensor.detach()
     flat = tensor.view(-1) if tensor.is_contiguous() else tensor
     end = place.offset + size_bytes
     for target, offset in _split(flat, place.offset, place.dtype.itemsize):
@@ -249,66 +249,73 @@ def _read_piece(piece: Sequence[Segment]) -> None:
             with regular_file(Path(place.path)) as (descriptor, found):
                 _refuse_changed(place, found, position)
                 _read_segments(descriptor, segments)
+            # By path: the descriptor would still read the old file when the path was given to a new one.
+            _refuse_changed(place, os.stat(place.path), position)  # noqa: PTH116, as in `find_dat`
         except WeightsError as error:
             # What the system said is the cause; the error between says the same as this one.
             raise UnreadableError(error.path, error.problem.removesuffix("."), position) from error.__cause__
-        try:
-            # By path: the descriptor would still read the old file when the path was given to a new one.
-            _refuse_changed(place, os.stat(place.path), position)  # noqa: PTH116, as in `find_dat`
         except FileNotFoundError:
             raise UnreadableError(place.path, "the file was removed while it was read", position) from None
         except OSError as error:
-            raise UnreadableError(
-                place.path, f"the file cannot be found any more: {error.strerror}", position
-            ) from error
+            raise UnreadableError(place.path, f"reading failed: {error.strerror or error}", position) from error
 
 
 def _read_segments(descriptor: int, segments: Iterable[Segment]) -> None:
     run: list[Segment] = []
     for segment in segments:
-        is_alone = segment.memory is None or segment.size_bytes > _PAGES_BYTES
+        memory = segment.memory
+        is_alone = memory is None or segment.size_bytes > _PAGES_BYTES
         if run and (is_alone or segment.offset != run[-1].offset + run[-1].size_bytes):
-            _fill(descriptor, run)
+            _fill(descriptor, run, [part.memory for part in run if part.memory is not None])
             run = []
-        if segment.memory is None:
-            _convert(descriptor, segment)
-        elif is_alone:
-            _fill_fresh(descriptor, segment, segment.memory)
+        if segment.target is not None:
+            _convert(descriptor, segment, segment.target)
+        elif memory is not None and is_alone:
+            _fill_alone(descriptor, segment, memory)
         elif segment.size_bytes:
             run.append(segment)
     if run:
-        _fill(descriptor, run)
+        _fill(descriptor, run, [part.memory for part in run if part.memory is not None])
 
 
-def _fill_fresh(descriptor: int, segment: Segment, memory: memoryview) -> None:
-    """Read into memory that probably has no pages yet, which it gets a stretch at a time."""
+def _fill_alone(descriptor: int, segment: Segment, memory: memoryview) -> None:
+    if has_pages(memory):
+        _fill(descriptor, [segment], [memory])
+        return
     for start in range(0, segment.size_bytes, _PAGES_BYTES):
         part = memory[start : start + _PAGES_BYTES]
         ask_for_pages(part)
-        _fill(descriptor, [replace(segment, offset=segment.offset + start, memory=part)])
+        _fill(descriptor, [segment], [part], start)
 
 
-def _convert(descriptor: int, segment: Segment) -> None:
+def _convert(descriptor: int, segment: Segment, target: torch.Tensor) -> None:
+    cast = segment.place.cast
     # The one mode in which tensors made inside and outside of it may both be written to.
     with torch.inference_mode():
-        raw = new_tensor(segment.target.shape, segment.place.dtype)
+        raw = new_tensor((target.numel(),), segment.place.dtype)
         if segment.size_bytes:
-            _fill(descriptor, [replace(segment, memory=bytes_of(raw))])
-        segment.target.copy_(raw if segment.place.cast is None else raw.to(segment.place.cast))
+            _fill(descriptor, [segment], [bytes_of(raw)])
+        raw = raw.view(target.shape)
+        target.copy_(raw if cast is None else raw.to(cast))
 
 
-def _fill(descriptor: int, run: Sequence[Segment]) -> None:
-    """Read segments whose bytes follow each other in the file with as few calls as the system allows."""
-    buffers = [segment.memory for segment in run if segment.memory is not None]
-    first, offset = 0, run[0].offset  # every buffer before the first is full
+def _fill(descriptor: int, run: Sequence[Segment], buffers: list[memoryview], start: int = 0) -> None:
+    """Read what follows each other in the file with as few calls as the system allows.
+
+    Args:
+        descriptor: Of the file.
+        run: The segments.
+        buffers: For each of them where it goes.
+        start: How much of the only segment is left out.
+    """
+    first, offset = 0, run[0].offset + start  # every buffer before the first is full
     while first < len(buffers):
         path, position = run[first].place.path, run[first].position
         try:
             count = os.preadv(descriptor, buffers[first : first + _MAX_BUFFERS], offset)
         except OSError as error:
-            raise UnreadableError(
-                path, f"reading failed at byte {offset:,}: {error.strerror or error}", position
-            ) from error
+            problem = f"reading failed at byte {offset:,}: {error.strerror or error}"
+            raise UnreadableError(path, problem, position) from error
         if not count:
             problem = f"the file ends at byte {offset:,}: it was shortened while it was read"
             raise UnreadableError(path, problem, position)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from modelcache.dataplane.adapters import modules_of, named_tensors
+from modelcache.dataplane.mapped_files import leave_to_files
 from modelcache.dataplane.matching import match_tensors
 from modelcache.dataplane.source import Built, Source
 from modelcache.dataplane.weights import JoinedSource, KeptSource, RebuildSource, SafetensorsSource
@@ -124,6 +125,7 @@ def _source(
 ) -> Source | None:
     """The cheapest way to read the model again: its files, else the loader.
 
+    What is still in a mapping of the files is let go: the source writes it where it is needed.
     `drawn` names what the library initialized because the folder does not have it: calling it again would draw other
     numbers, so such tensors are kept, or the model has no source when they are large.
     """
@@ -131,6 +133,8 @@ def _source(
     match = match_tensors(tensors, headers)
     total_bytes = sum(header.total_bytes for header in headers)
     if match.missing_bytes <= max(_KEPT_BYTES, total_bytes * _KEPT_FRACTION):
+        if isinstance(model, torch.nn.Module):  # a pipeline keeps where it is, and could not on ``meta``
+            leave_to_files(tensors, match.where)
         sources: list[Source] = [SafetensorsSource(headers, match.where, model_name=spec.name)] if match.where else []
         return JoinedSource([*sources, KeptSource(match.missing)]) if match.missing else sources[0]
     if drawn:

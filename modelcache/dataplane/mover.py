@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,21 +29,20 @@ from modelcache.dataplane.image_files import ImageFiles
 from modelcache.dataplane.loaded import LoadedModel
 from modelcache.dataplane.parts import Part
 from modelcache.dataplane.source import Built
+from modelcache.dataplane.taken_over import TakenOver
 from modelcache.dataplane.written import print_of
 from modelcache.errors import (
     CacheClosedError,
     DeviceMemoryError,
     InvalidTransitionError,
     LoaderError,
+    MaterializeError,
     ModelCacheError,
     MoveError,
     UnknownModelError,
 )
 from modelcache.move import KeptWritten, LoadedFacts, Move, Moved, MoveKind, PartFacts, Residency
 from modelcache.spec import ModelSpec
-
-if TYPE_CHECKING:
-    from modelcache.dataplane.dispatched import Dispatch
 
 Progress = Callable[[str, int, int], None]
 
@@ -111,11 +109,18 @@ class TorchMover:
         self._require_new(spec)
         started = self._now_s()
         with _words_of_loader(spec):
-            built, dispatch = self._run_loader(spec)
+            built = self._run_loader(spec)
             with self._admitting, _plain_tensors():
                 self._require_open()
                 self._require_new(spec)
-                model = self._admission.admit(spec, built, lambda: list(self._parts.values()), dispatch)
+                taken = self._taken_over(spec, built)
+                try:
+                    model = self._admission.admit(
+                        spec, Built(built.model, taken.source), lambda: list(self._parts.values()), taken.dispatch
+                    )
+                except BaseException:
+                    taken.undo()
+                    raise
                 model.settle_in(self._device.torch_device, self._device.holds_copies)
                 self._models[spec.name] = model
                 self._parts.update({part.id: part for part in model.parts})
@@ -125,6 +130,7 @@ class TorchMover:
             type_name=adapters.type_name(built.model),
             seconds=self._now_s() - started,
             onload_bytes=0 if model.dispatch is None else model.dispatch.onload_bytes,
+            whole_only=taken.whole_only,
         )
 
     def move(self, move: Move, progress: Progress | None = None) -> Moved | KeptWritten:
@@ -184,6 +190,9 @@ class TorchMover:
         if model is None:
             return
         model.unguard()
+        with contextlib.suppress(ValueError), model.lock:  # what the user patched stays patched
+            if model.dispatch is not None:
+                model.dispatch.take_off()
         adapters.restore(model.model, model.idea)
         for part in model.parts:
             with part.lock, _plain_tensors():
@@ -245,18 +254,25 @@ class TorchMover:
 
     # --- loading ---
 
-    def _run_loader(self, spec: ModelSpec) -> tuple[Built, Dispatch | None]:
+    def _run_loader(self, spec: ModelSpec) -> Built:
         if self._build is None:
             from modelcache.dataplane.loaders import build
 
             self._build = build
-        built = self._build(spec)
+        return self._build(spec)
+
+    def _taken_over(self, spec: ModelSpec, built: Built) -> TakenOver:
         if not _is_dispatched(built):
-            return built, None
+            return TakenOver(built.source, None)
+        modules = {id(each) for module in adapters.modules_of(built.model).values() for each in module.modules()}
+        for name, model in self._models.items():
+            # Somebody may be inside of it: its hooks must not even be touched.
+            if any(id(each) in modules for module in model.modules.values() for each in module.modules()):
+                problem = f"returned a dispatched model that is, in whole or in part, {name!r}; register it once"
+                raise LoaderError(spec.name, str(spec.loader), problem)
         from modelcache.dataplane.dispatched import take_over
 
-        taken = take_over(built.model, built.source, self._device, name=spec.name)
-        return Built(built.model, taken.source), taken.dispatch
+        return take_over(built.model, built.source, self._device, name=spec.name)
 
     def _facts(self, part: Part) -> PartFacts:
         sizes = [segment.size_bytes for segment in part.image.segments]
@@ -362,6 +378,9 @@ def _words_of_loader(spec: ModelSpec) -> Iterator[None]:
     """What a loader raises, or what its object does when it is looked at, as a `LoaderError` with its cause."""
     try:
         yield
+    except MaterializeError as error:
+        error.add_note(f"It is the model registered as {spec.name!r}.")
+        raise
     except ModelCacheError:
         raise
     except Exception as error:  # loaders and their objects are user code and may raise anything

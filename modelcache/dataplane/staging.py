@@ -22,7 +22,9 @@ from modelcache.errors import MoveError, WeightsError
 
 log = logging.getLogger("modelcache.dataplane")
 
-_TRIM_BYTES = 64 << 20
+# The heap is given back after so many bytes were let go, or this share of them all: a look at it takes longer the more
+# there is of it.
+_TRIM_BYTES, _TRIM_SHARE = 8 << 20, 1 / 32
 
 Tell = Callable[[int], None]
 
@@ -47,17 +49,29 @@ def fill(part: Part, new: NewCopies, tiers: Tiers, segments: Sequence[int], tell
     if from_meta:
         storages = [i for s in from_meta for i in part.image.segments[s].storages if part.readers[i][0].tensor.is_meta]
         _fill_from_source(part, new, storages, tell)
-    let_go = 0
-    for segment in segments:
-        if part.with_loader[segment]:
-            copy = new.ram[segment] if segment in new.ram else new.add_ram(segment)
-            _take_from_loader(part, copy, tiers, segment, tell)
-            let_go += part.image.segments[segment].size_bytes
-            if let_go >= _TRIM_BYTES:
-                # What the loader held is on the C library's heap, which keeps it: that much would exist twice.
-                return_freed_heap()
-                let_go = 0
+    with_loader = [segment for segment in segments if part.with_loader[segment]]
+    let_go = _LetGo(sum(part.image.segments[segment].size_bytes for segment in with_loader))
+    for segment in with_loader:
+        copy = new.ram[segment] if segment in new.ram else new.add_ram(segment)
+        _take_from_loader(part, copy, tiers, segment, tell, let_go)
     _check(part, new, segments)
+
+
+class _LetGo:
+    """Gives the heap back now and then while a loader's tensors are let go.
+
+    The C library keeps what was freed on its heap; without this, that much of the model would exist twice.
+    """
+
+    def __init__(self, total_bytes: int) -> None:
+        self._step_bytes = max(_TRIM_BYTES, int(total_bytes * _TRIM_SHARE))
+        self._freed_bytes = 0
+
+    def add(self, size_bytes: int) -> None:
+        self._freed_bytes += size_bytes
+        if self._freed_bytes >= self._step_bytes:
+            return_freed_heap()
+            self._freed_bytes = 0
 
 
 def _fill_from_disk(part: Part, new: NewCopies, tiers: Tiers, segments: list[int], tell: Tell) -> None:
@@ -113,7 +127,7 @@ def _fill_from_source(part: Part, new: NewCopies, storages: list[int], tell: Tel
             target.copy_(straight)
 
 
-def _take_from_loader(part: Part, copy: Copy, tiers: Tiers, segment: int, tell: Tell) -> None:
+def _take_from_loader(part: Part, copy: Copy, tiers: Tiers, segment: int, tell: Tell, let_go: _LetGo) -> None:
     for index in part.image.segments[segment].storages:
         members = part.readers[index]
         real = [member for member in members if not member.tensor.is_meta]
@@ -124,6 +138,7 @@ def _take_from_loader(part: Part, copy: Copy, tiers: Tiers, segment: int, tell: 
             part.residue[index] = copy.storage(index).clone()
         for member in members:
             point(member, copy)
+        let_go.add(part.image.storages[index].size_bytes)
 
 
 def _copy_storage(target: torch.Tensor, members: list[Member], tiers: Tiers) -> None:

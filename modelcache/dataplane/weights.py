@@ -75,9 +75,10 @@ class SafetensorsSource:
         return frozenset(self._where)
 
     def fill(self, targets: Mapping[str, torch.Tensor], report: Report | None = None) -> None:
-        """Read each named tensor into its target.
+        """Read each named tensor into its target, with a few threads that are gone when this returns or raises.
 
-        Floating-point tensors are converted to the target's dtype; any other difference of dtype is an error.
+        Floating-point tensors are converted to the target's dtype; any other difference of dtype is an error. What
+        `report` raises ends it, and nothing writes to the targets any more.
 
         Raises:
             WeightsError: A file is missing, damaged or changed, or a tensor does not fit its target.
@@ -92,11 +93,10 @@ class SafetensorsSource:
         try:
             read_into(wanted, report)
         except UnreadableError as error:
-            problem = f"{error.problem}."
+            problem = error.problem
             if isinstance(error, ChangedError):
-                since = error.since("the model was first read")
-                problem = f"{since}. Restore it, or register the model anew."
-            raise self._error(error.path, problem) from error.__cause__
+                problem = f"{error.since('the model was first read')}. Restore it, or register the model anew"
+            raise self._error(error.path, f"{problem}.") from error.__cause__
 
     def _check_fit(self, location: Location, target: torch.Tensor) -> None:
         entry, stored = location.entry, torch_dtype(location.entry)

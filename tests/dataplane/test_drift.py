@@ -74,7 +74,6 @@ def test_new_data_of_another_memory_format_keeps_its_values(rig):
 
 CHANGES = {
     "'extra' was added": lambda model: model.register_buffer("extra", torch.ones(3)),
-    "'large' was removed": lambda model: delattr(model, "large"),
     "'large' was changed from torch.float32 to torch.float16": lambda model: setattr(
         model.large, "data", model.large.data.half()
     ),
@@ -107,6 +106,66 @@ def move_of(rig, part, vram, ram, **options):
     from modelcache.move import Move, Residency
 
     return Move(part, 1, rig.mover.residency(part), Residency(vram, ram), rig.n(part), **options)
+
+
+@pytest.mark.parametrize("spill", [False, True])
+def test_a_tensor_that_was_removed_does_not_hold_the_model_up(rig, spill):
+    part, n, model = resident(rig, readable=True)
+    expected = bits(model)
+    removed = model.large
+    del model.large, model.count, model.nothing
+    assert not (rig.spill(part) if spill else rig.park(part)).written
+    assert rig.device.allocated_bytes() == 0
+    if spill:
+        rig.stage(part)
+    rig.promote(part)
+    names = ("large", "count", "nothing")
+    assert same_bits(model, {name: value for name, value in expected.items() if name not in names})
+    rig.park(part)
+    assert torch.equal(removed, Odd().large)
+
+
+def test_a_tensor_that_was_removed_can_be_put_back(rig):
+    part, n, model = resident(rig)
+    large, nothing = model.large, model.nothing
+    del model.large, model.nothing
+    rig.park(part)
+    rig.promote(part)
+    model.large, model.nothing = large, nothing
+    bumped(model, "large")
+    expected = bits(model)
+    assert rig.park(part).written
+    assert same_bits(model, expected)
+
+
+def test_another_tensor_in_the_place_of_one_that_was_removed_is_named(rig):
+    part, n, model = resident(rig)
+    del model.large
+    rig.park(part)
+    model.large = torch.nn.Parameter(torch.ones(80, 32))
+    with pytest.raises(MoveError, match="'large' was added"):
+        rig.promote(part)
+    del model.large
+    rig.promote(part)
+
+
+def test_a_part_of_a_model_may_be_removed_while_another_model_has_it(rig):
+    encoder = torch.nn.Linear(16, 16)
+    (shared,) = rig.load(lambda: encoder, "encoder").parts
+    pipe = torch.nn.Sequential(encoder, torch.nn.BatchNorm1d(16))
+    _, own = rig.load(lambda: pipe, "pipe").parts
+    for part in (shared.part, own.part):
+        rig.stage(part)
+        rig.promote(part)
+    pipe[0] = torch.nn.Identity()
+    expected = bits(pipe), bits(encoder)
+    rig.park(own.part)
+    rig.park(shared.part)
+    assert (same_bits(pipe, expected[0]), same_bits(encoder, expected[1])) == (True, True)
+    rig.promote(shared.part)
+    assert encoder.weight.device.type == "sim"
+    rig.mover.forget("pipe")
+    assert same_bits(encoder, expected[1])
 
 
 def test_a_change_that_is_undone_lets_the_model_go(rig):

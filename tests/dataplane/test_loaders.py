@@ -36,6 +36,13 @@ def named(kind: str, **options: object) -> Built:
     return build(ModelSpec("m", LoaderSpec(kind=kind, options=options)))
 
 
+def whole(monkeypatch: pytest.MonkeyPatch, kind: str, **options: object) -> object:
+    """What a named loader makes when it leaves nothing to its files."""
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_loaders, "leave_to_files", lambda tensors, where: None)
+        return named(kind, **options).model
+
+
 def assert_source_gives_the_model(built: Built, reference: object | None = None) -> None:
     """Everything the source offers arrives bit-identical in fresh memory, and nothing of the model is left out."""
     tensors = named_tensors(reference if reference is not None else built.model)
@@ -423,10 +430,14 @@ def test_a_tied_model_is_read_from_the_one_tensor_in_the_file(folders: Path) -> 
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= built.source._sources[0].names()
 
 
-def test_a_head_that_was_drawn_at_random_stays_what_it_was(folders: Path) -> None:
-    built = named("transformers", path=folders / "bert", model="AutoModelForSequenceClassification")
+def test_a_head_that_was_drawn_at_random_stays_what_it_was(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"path": folders / "bert", "model": "AutoModelForSequenceClassification"}
+    torch.manual_seed(0)
+    built = named("transformers", **options)
     assert type(built.model).__name__ == "BertForSequenceClassification"
-    assert_source_gives_the_model(built)
+    torch.manual_seed(0)
+    assert_source_gives_the_model(built, whole(monkeypatch, "transformers", **options))
+    assert not built.model.classifier.weight.is_meta
 
 
 def test_what_is_too_large_to_keep_is_loaded_again_unless_it_was_drawn_at_random(
@@ -547,7 +558,9 @@ def minilm() -> Path:
         ("sentence-transformers", {"dtype": "bfloat16"}),
     ],
 )
-def test_the_real_minilm_is_loaded_and_can_be_read_again(kind: str, options: dict) -> None:
+def test_the_real_minilm_is_loaded_and_can_be_read_again(
+    kind: str, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = minilm()
     if kind == "sentence-transformers":
         pytest.importorskip("sentence_transformers")
@@ -556,7 +569,7 @@ def test_the_real_minilm_is_loaded_and_can_be_read_again(kind: str, options: dic
     (module,) = modules_of(built.model).values()
     assert next(module.parameters()).dtype == wanted
     assert sum(parameter.numel() for parameter in module.parameters()) == 22_713_216
-    assert_source_gives_the_model(built)
+    assert_source_gives_the_model(built, whole(monkeypatch, kind, path=folder, **options))
     assert built.source is not None
     assert built.source.describe() == str(folder / "model.safetensors")
 

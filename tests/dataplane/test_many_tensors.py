@@ -1,4 +1,4 @@
-"""A model of 3,000 tensors after a thousand random moves, a part of which were broken off half way."""
+"""A model of 3,000 tensors after 1,000 random moves in four runs; many of the moves are broken off half way."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from movers import Rig, bits, same_bits
 
 from modelcache.errors import MoveError
 
-NUM_TENSORS, NUM_MOVES = 3_000, 1_000
+NUM_TENSORS, NUM_MOVES = 3_000, 250
+# Moves of a few segments are what mixes the tiers; those of the whole model take longest.
+WEIGHTS = {"promote": 4, "trim": 4, "shed": 4, "spill": 1, "drop": 1, "stage": 1}
 
 
 class Many(torch.nn.Module):
@@ -54,17 +56,19 @@ def broken_off_after(num_reports: int):
     return progress
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("readable", [True, False])
-def test_every_tensor_is_bit_identical_after_a_thousand_random_moves(tmp_path, readable):
-    chooser = random.Random(11)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_every_tensor_is_bit_identical_after_random_moves(tmp_path, seed, readable):
+    chooser = random.Random(seed)
     with closing(Rig(tmp_path, segment_bytes=96 << 10)) as rig:
         (facts,) = rig.load(Many, readable=readable).parts
         part, model = facts.part, rig.mover.object_of("m")
         n, expected = rig.n(part), bits(model)
         assert n > 10
-        done = dict.fromkeys(("promote", "trim", "shed", "spill", "drop", "stage", "broken"), 0)
+        done = dict.fromkeys((*WEIGHTS, "broken"), 0)
         rig.stage(part)
-        for number in range(NUM_MOVES // 2):
+        for number in range(NUM_MOVES):
             where = rig.mover.residency(part)
             ways = {
                 "stage": where.vram < where.ram,
@@ -74,14 +78,18 @@ def test_every_tensor_is_bit_identical_after_a_thousand_random_moves(tmp_path, r
                 "spill": where.vram >= where.ram,
                 "drop": where.vram >= where.ram and readable,
             }
-            way = chooser.choice([way for way, is_open in ways.items() if is_open])
+            way = chooser.choice([way for way, is_open in ways.items() if is_open for _ in range(WEIGHTS[way])])
             target, options = aim(chooser, way, where, n)
+            # A look at 3,000 tensors takes as long as pointing them anew; nobody writes here, so few moves look.
+            options |= {"check": chooser.random() < 0.15}
             if chooser.random() < 0.3:
-                done["broken"] += not carried_out(rig, part, target, chooser, options)
-            else:
+                options |= trouble(rig, chooser)
+            try:
                 rig.move(part, *target, **options)
                 done[way] += 1
-            if number % 50 == 0 and rig.mover.residency(part).ram <= rig.mover.residency(part).vram:
+            except MoveError:
+                done["broken"] += 1
+            if number % 60 == 0 and rig.mover.residency(part).ram <= rig.mover.residency(part).vram:
                 assert same_bits(model, expected)
         if rig.mover.residency(part).ram == n and rig.mover.residency(part).vram < n:
             rig.stage(part)
@@ -96,10 +104,10 @@ def aim(chooser, way, where, n):
         case "stage":
             return (0, 0), {}
         case "promote":
-            vram = chooser.randint(where.vram + 1, n)
+            vram = min(n, where.vram + chooser.choice((1, 1, 2, 3, n)))
             return (vram, where.ram), {}
         case "trim":
-            vram = chooser.randint(0, where.vram - 1)
+            vram = max(0, where.vram - chooser.choice((1, 1, 2, 3, n)))
             return (vram, chooser.randint(0, min(vram, where.ram))), {}
         case "shed":
             return (where.vram, chooser.randint(where.ram + 1, where.vram)), {}
@@ -108,19 +116,9 @@ def aim(chooser, way, where, n):
     return (0, n), {}
 
 
-def carried_out(rig, part, target, chooser, options) -> bool:
-    """Try a move that is broken off after a while; whether it was over before that."""
-    faults = rig.faults
-    before = rig.mover.residency(part)
+def trouble(rig, chooser):
+    """Somebody ends this move half way, or the device fails during it or one of the next."""
     if chooser.random() < 0.5:
-        options = options | {"progress": broken_off_after(chooser.randint(1, 12))}
-    else:
-        faults.fail(chooser.choice(("copy_in", "copy_out", "allocate")), nth=chooser.randint(1, 12))
-    try:
-        rig.move(part, *target, **options)
-    except MoveError:
-        assert rig.mover.residency(part) == before
-        return False
-    finally:
-        faults.clear()
-    return True
+        return {"progress": broken_off_after(chooser.randint(1, 12))}
+    rig.faults.fail(chooser.choice(("copy_in", "copy_out", "allocate")), nth=chooser.randint(1, 12))
+    return {}
