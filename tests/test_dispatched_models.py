@@ -17,7 +17,7 @@ from modelcache.cache import ModelCache
 from modelcache.core.ledger import Room
 from modelcache.core.machine import Budgets
 from modelcache.dataplane.mover import TorchMover
-from modelcache.errors import LeaseTimeoutError, ModelTooLargeError, WeightsError
+from modelcache.errors import LeaseTimeoutError, LoaderError, ModelTooLargeError, MoveError, WeightsError
 from modelcache.runtime.threads import SystemClock, ThreadPool
 from modelcache.testing import SimulatedDevice
 from modelcache.wiring import Parts
@@ -436,3 +436,141 @@ def test_whatever_three_callers_and_an_operator_do_answers_and_bytes_are_right(t
     gc.collect()
     assert bench.device.allocated_bytes() == 0
     assert bench.mover.live_ram_bytes == 0
+
+
+# --- what people do to a model while it runs from its dispatch --------------------------------------------------------
+
+
+def test_a_weight_assigned_while_it_runs_from_its_dispatch_is_a_write(bench):
+    bench.register()
+    bench.answer()
+    mine = torch.full((WIDTH, WIDTH), 0.5)
+    with torch.no_grad(), bench.cache.get("big") as model:
+        model.layers[8].weight = nn.Parameter(mine.clone())
+        model.layers[0].weight.fill_(0.25)
+    bench.cache.park("big")
+    assert torch.equal(bench.object_of().layers[8].weight, mine)
+    assert bench.object_of().layers[0].weight.unique().tolist() == [0.25]
+    bench.cache.evict("big", to="disk")
+    bench.answer()
+    bench.cache.park("big")
+    assert torch.equal(bench.object_of().layers[8].weight, mine)
+    bench.check()
+
+
+def test_adapters_merged_while_it_runs_from_its_dispatch_stay_merged(bench):
+    import peft
+
+    def adapted():
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=[f"layers.{i}" for i in range(LAYERS)], init_lora_weights=False)
+        return peft.get_peft_model(Net(), config).eval()
+
+    def load():
+        model = adapted()
+        where = {f"base_model.model.{name}": place for name, place in places(device=6, ram=5).items()}
+        return dispatch_model(model, where, main_device="sim:0", offload_dir=str(bench.tmp_path / "o"))
+
+    merged = adapted()
+    with torch.no_grad():
+        merged.merge_adapter()
+        expected = merged(X)
+    bench.cache.register("big", load)
+    with torch.no_grad(), bench.cache.get("big", timeout=20) as model:
+        model.merge_adapter()
+    bench.cache.park("big")
+    found = {n: t for n, t in bench.object_of().state_dict().items() if "base_layer.weight" in n}
+    wanted = merged.state_dict()
+    assert len(found) == LAYERS
+    assert all(torch.allclose(tensor, wanted[name], atol=1e-6) for name, tensor in found.items())
+    assert torch.allclose(bench.answer(), expected, atol=1e-5)
+
+
+def test_weights_of_another_shape_are_named_and_nothing_is_given_up(bench):
+    bench.register()
+    with torch.no_grad(), bench.cache.get("big") as model:
+        model.layers[8].weight = nn.Parameter(torch.ones(3, 3))
+    with pytest.raises(MoveError, match=r"'layers\.8\.weight' was \[64, 64\] torch.float32 and is \[3, 3\]"):
+        bench.cache.park("big")
+    assert bench.cache.info("big").state == "ready"
+
+
+def test_a_forward_patched_meanwhile_is_named_and_kept(bench):
+    bench.register()
+    with bench.cache.get("big") as model:
+        patch = lambda x: x * 2  # noqa: E731  It must be an attribute of the instance.
+        model.layers[8].forward = patch
+    with pytest.raises(MoveError, match=r"the forward of layers\.8 was set after it was loaded"):
+        bench.cache.park("big")
+    assert bench.object_of().layers[8].forward is patch
+    del bench.object_of().layers[8].forward
+    bench.cache.park("big")
+
+
+def test_the_same_object_under_two_names_is_refused_and_goes_on_running(bench):
+    kept = []
+
+    def load():
+        if not kept:
+            kept.append(dispatch_model(Net(), places(device=6, ram=5), offload_dir=str(bench.tmp_path / "o")))
+        return kept[0]
+
+    bench.cache.register("big", load)
+    bench.cache.register("again", load)
+    bench.answer()
+    with pytest.raises(LoaderError, match="is, in whole or in part, 'big'; register it once"):
+        bench.answer("again")
+    assert torch.allclose(bench.answer(), Net()(X), atol=1e-6)
+
+
+def test_a_model_refused_after_its_dispatch_was_taken_over_has_it_back(bench):
+    model = dispatch_model(Net(), places(device=6, ram=5), offload_dir=str(bench.tmp_path / "o"))
+    model.register_buffer("odd", torch.eye(3).to_sparse())
+    bench.cache.register("big", lambda: model)
+    with pytest.raises(LoaderError, match="only strided tensors"):
+        bench.answer()
+    assert is_dispatched(model)
+    with torch.no_grad():
+        assert torch.allclose(model(X.to("sim:0")).cpu(), Net()(X), atol=1e-6)
+
+
+def test_a_loader_that_may_be_called_again_is_called_once_at_a_time(bench):
+    running, most = [], []
+
+    def load():
+        running.append(None)
+        most.append(len(running))
+        try:
+            net = Net()
+            return dispatch_model(net, places(device=6, ram=10), offload_dir=str(bench.tmp_path / "o"))
+        finally:
+            running.pop()
+
+    bench.cache.register("big", load, reload=True)
+    for _ in range(3):
+        assert torch.allclose(bench.answer(), Net()(X), atol=1e-6)
+        bench.cache.evict("big", to="disk")
+    assert max(most) == 1
+
+
+def test_after_close_a_model_that_somebody_keeps_has_no_hooks(tmp_path):
+    bench = Bench(tmp_path)
+    bench.register()
+    bench.answer()
+    model = bench.object_of()
+    bench.cache.close()
+    assert not any("_hf_hook" in vars(module) for module in model.modules())
+    assert "hf_device_map" not in vars(model)
+
+
+def test_a_dispatch_that_cannot_be_kept_says_so_where_it_matters(tmp_path):
+    bench = Bench(tmp_path)
+
+    def load():
+        net = Net()
+        where = places(device=0, ram=10) | {"norm": "cpu"}
+        return dispatch_model(net, where, main_device="cpu", offload_dir=str(tmp_path / "o"))
+
+    bench.cache.register("big", load)
+    with bench.cache, pytest.raises(ModelTooLargeError, match="runs only whole: its dispatch computes on cpu too"):
+        bench.answer()
