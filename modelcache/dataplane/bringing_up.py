@@ -31,19 +31,40 @@ def stage(part: Part, move: Move, tiers: Tiers, tell: Callable[[int], None], the
     return Done(sum(part.image.segments[s].size_bytes for s in segments))
 
 
-def promote(part: Part, move: Move, tiers: Tiers, tell: Callable[[int], None], then: Callable[[], None]) -> Done:
-    """VRAM receives the segments it lacks, in order; RAM may give up head segments in the same step."""
-    with NewCopies(tiers, part.image) as new:
+class StrayedError(Exception):
+    """The part is not as it was laid out, so what was copied is not all of it. Stays inside the data plane."""
+
+
+def promote(
+    part: Part,
+    move: Move,
+    tiers: Tiers,
+    tell: Callable[[int], None],
+    then: Callable[[], None],
+    has_strayed: Callable[[], bool],
+) -> Done:
+    """VRAM receives the segments it lacks, in order; RAM may give up head segments in the same step.
+
+    Whatever takes time beside the copies is done while they are under way: `has_strayed` is asked, views are prepared,
+    and the tensors of each segment are pointed at it as soon as it has landed.
+
+    Raises:
+        StrayedError: `has_strayed` said so. Nothing was changed.
+    """
+    with NewCopies(tiers, part.image) as new, part.pointed_ahead() as point_ahead:
         for segment in range(move.before.vram, move.after.vram):
             source = part.ram[segment]
             assert source is not None
             new.add_vram(segment)
             new.copy_in(segment, source)
+        if has_strayed():
+            raise StrayedError
+        copied = 0
         for segment, copy in new.vram.items():
-            # While the copies are under way: afterwards, re-pointing is one assignment for each tensor.
             for member in part.of_segment(segment):
                 copy.view(member.storage, member.view)
-        copied = new.land(tell)
+            copied += new.land_next(tell)
+            point_ahead(segment, copy)
         ram = [copy if s >= move.after.ram else None for s, copy in enumerate(part.ram)]
         gone = part.install([new.vram.get(s, copy) for s, copy in enumerate(part.vram)], ram, then)
         new.keep()

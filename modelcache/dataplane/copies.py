@@ -125,15 +125,19 @@ class NewCopies:
         event = self._tiers.device.copy_out(target.memory, source.memory)
         self._under_way.append((event, source.memory.numel()))
 
+    def land_next(self, tell: Callable[[int], None]) -> int:
+        """Wait for the first copy under way and tell its bytes, which are returned."""
+        event, size_bytes = self._under_way[0]
+        event.wait()
+        del self._under_way[0]
+        tell(size_bytes)
+        return size_bytes
+
     def land(self, tell: Callable[[int], None]) -> int:
         """Wait for all copies enqueued, in order, telling the bytes of each; returns their sum."""
         landed = 0
         while self._under_way:
-            event, size_bytes = self._under_way[0]
-            event.wait()
-            del self._under_way[0]
-            landed += size_bytes
-            tell(size_bytes)
+            landed += self.land_next(tell)
         return landed
 
 

@@ -299,9 +299,7 @@ class TorchMover:
 
         source, target = ends(move)
         try:
-            for model in holders if move.check else ():
-                take_back(model, part, move)
-            done = self._run(part, move, _teller(part, move, progress), then)
+            done = self._run(part, move, holders, _teller(part, move, progress), then)
             if done is None:
                 then()
         except BaseException as error:
@@ -316,12 +314,27 @@ class TorchMover:
             raise MoveError(part.model, source, target, problem) from error
         return done
 
-    def _run(self, part: Part, move: Move, tell: Callable[[int], None], then: Callable[[], None]) -> Done | None:
+    def _run(
+        self,
+        part: Part,
+        move: Move,
+        holders: list[LoadedModel],
+        tell: Callable[[int], None],
+        then: Callable[[], None],
+    ) -> Done | None:
+        if move.kind is MoveKind.PROMOTE:
+            # Nearly always nothing has strayed, which is found out while the copies are under way.
+            with contextlib.suppress(bringing_up.StrayedError):
+                return bringing_up.promote(
+                    part, move, self._tiers, tell, then, lambda: move.check and any(strays(m, part) for m in holders)
+                )
+        for model in holders if move.check else ():
+            take_back(model, part, move)
         match move.kind:
             case MoveKind.STAGE:
                 return bringing_up.stage(part, move, self._tiers, tell, then)
             case MoveKind.PROMOTE:
-                return bringing_up.promote(part, move, self._tiers, tell, then)
+                return bringing_up.promote(part, move, self._tiers, tell, then, lambda: False)
             case MoveKind.TRIM:
                 return giving_up.trim(part, move, self._tiers, tell, then)
             case MoveKind.SHED:

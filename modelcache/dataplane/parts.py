@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -85,6 +86,7 @@ class Part:
     diverged: bool = False
     file: ImageFile | None = None
     residue: dict[int, torch.Tensor] = field(default_factory=dict)
+    _ahead: dict[int, Copy] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.image.segments)
@@ -176,17 +178,37 @@ class Part:
         Returns the copies that were given up, which nothing of the part points at any more.
         """
         before = (self.vram, self.ram)
-        changed = [s for s in range(self.num_segments) if (vram[s] or ram[s]) is not self.counts(s)]
+        changed = [s for s in range(self.num_segments) if (vram[s] or ram[s]) is not self._pointed_at(s)]
         try:
             self.vram, self.ram = vram, ram
             self._point(changed)
             then()
         except BaseException:
             self.vram, self.ram = before
-            self._point(changed)
+            self._point([*changed, *self._ahead])
+            self._ahead.clear()
             raise
         kept = {id(copy) for copy in (*vram, *ram) if copy is not None}
         return [copy for copy in (*before[0], *before[1]) if copy is not None and id(copy) not in kept]
+
+    @contextlib.contextmanager
+    def pointed_ahead(self) -> Iterator[Callable[[int, Copy], None]]:
+        """Point single segments at copies that `install` will make the part's, and back if it does not."""
+
+        def point_ahead(segment: int, copy: Copy) -> None:
+            self._ahead[segment] = copy
+            for member in self.of_segment(segment):
+                point(member, copy)
+
+        try:
+            yield point_ahead
+        finally:
+            lost = [segment for segment, copy in self._ahead.items() if self.counts(segment) is not copy]
+            self._ahead.clear()
+            self._point(lost)
+
+    def _pointed_at(self, segment: int) -> Copy | None:
+        return self._ahead.get(segment) or self.counts(segment)
 
     def _point(self, segments: list[int]) -> None:
         for segment in segments:
