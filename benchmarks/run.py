@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable
 
 import host_only_memory
+import links
 import materialize
 import torch
 from figures import Figure, present, spread
 
-from modelcache import ModelCache, MoveKind
+from modelcache import ModelCache
 
 ROUNDS, CALLS = 9, 5_000
 NUM_MANY = 100_000
@@ -168,59 +169,6 @@ def imports() -> list[Figure]:
     return figures
 
 
-def switches() -> list[Figure]:
-    """A to B on the simulated device where only one fits, next to one flat copy of the same bytes."""
-    from modelcache.testing import SimulatedDevice
-
-    size = 64 << 20
-    device = SimulatedDevice(capacity_bytes=256 << 20, link_bytes_per_s=8e9, poison=False)
-    source = torch.ones(size, dtype=torch.uint8)
-    target = device.allocate(size)
-    flat = []
-    for _ in range(5):
-        began = time.perf_counter()
-        device.copy_in(target, source).wait()
-        flat.append((time.perf_counter() - began) * 1e3)
-    del target
-
-    def load() -> torch.nn.Module:
-        return torch.nn.Linear(4096, 4096, bias=False).requires_grad_(requires_grad=False)
-
-    found = []
-    with ModelCache(device=device, vram=int(size * 1.2), ram=3 * size, progress=False) as cache:
-        cache.register("a", load)
-        cache.register("b", load)
-        for name in "abababababab":
-            began = time.perf_counter()
-            cache.get(name)
-            found.append((time.perf_counter() - began) * 1e3)
-        looked = [event.seconds * 1e3 for event in cache.events() if event.kind is MoveKind.TRIM]
-    found = found[2:]
-    ours, reference = statistics.median(found), statistics.median(flat)
-    return [
-        Figure(
-            "switch of 64 MiB, simulated link 8 GB/s",
-            f"{ours:.1f} ms",
-            f"{reference:.1f} ms (flat copy)",
-            f"{ours / reference:.1f}",
-            "shown",
-            True,
-            f"{spread(found)} ms",
-            tuple(found),
-        ),
-        Figure(
-            "of which giving up the other's clean copy: the look for writes",
-            f"{statistics.median(looked):.1f} ms",
-            "-",
-            "-",
-            "shown",
-            True,
-            f"{spread(looked)} ms",
-            tuple(looked),
-        ),
-    ]
-
-
 def measure() -> list[Figure]:
     # First, because they fork, which a process with threads had better not.
     figures = materialize.measure() + host_only_memory.measure()
@@ -228,7 +176,7 @@ def measure() -> list[Figure]:
     with ModelCache(ram="64MiB", device="host_only", progress=False) as cache:
         cache.register("model", Identity)
         figures += hits(cache) + many(cache)
-    return figures + imports() + switches()
+    return figures + imports() + links.measure()
 
 
 if __name__ == "__main__":

@@ -65,9 +65,22 @@ def test_a_file_that_changed_after_the_load_is_named_and_nothing_is_taken(rig, t
     file = tmp_path / "linear2.weight.dat"
     whole = file.read_bytes()
     file.write_bytes(whole[:-4])
-    with pytest.raises(WeightsError, match=r"linear2\.weight.*had 80 bytes and has 76"):
+    with pytest.raises(WeightsError) as caught:
         rig.stage(off)
     assert rig.mover.held_bytes(off).ram == 0
+    remedy = "Restore the file, or load the model again, into an offload folder of its own, and register it anew."
+    assert str(caught.value) == (
+        f"{file}: tensor 'linear2.weight': the file changed since the model was first read: it had 80 bytes and has 76. "
+        f"{remedy}"
+    )
+    file.unlink()
+    with pytest.raises(WeightsError, match=r"tensor 'linear2\.weight': no file 'linear2\.weight\.dat'\.") as caught:
+        rig.stage(off)
+    assert str(caught.value).endswith(remedy)
+    assert caught.value.path == str(tmp_path)
+    file.write_bytes(whole)
+    with pytest.raises(WeightsError, match="it was (written to|replaced by another file)"):
+        rig.stage(off)
 
 
 def test_weights_that_were_replaced_since_the_dispatch_are_told_from_the_model(rig, tmp_path):

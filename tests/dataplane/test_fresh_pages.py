@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from modelcache.dataplane import fresh_pages, materialize_files
-from modelcache.dataplane.fresh_pages import ask_for_pages
-from modelcache.dataplane.materialize_files import Headers, read_into
+from modelcache.dataplane import file_reading, fresh_pages
+from modelcache.dataplane.file_reading import read_into
+from modelcache.dataplane.fresh_pages import ask_for_pages, has_pages
+from modelcache.dataplane.weight_files import Headers
 
 PAGE = mmap.PAGESIZE
 
@@ -64,7 +65,20 @@ def test_a_system_that_refuses_is_read_into_all_the_same(tmp_path, monkeypatch):
     assert torch.equal(target, source)
 
 
-def test_a_large_tensor_is_read_with_its_pages_made_and_small_ones_are_not_asked_for(tmp_path: Path, monkeypatch):
+def test_memory_has_pages_when_its_middle_has(fresh):
+    assert not has_pages(memoryview(fresh))
+    fresh[0] = fresh[-1] = 1  # as when the neighbours were written to
+    assert not has_pages(memoryview(fresh))
+    assert not has_pages(memoryview(fresh)[PAGE : 2 * PAGE])
+    ask_for_pages(memoryview(fresh))
+    assert has_pages(memoryview(fresh))
+    assert has_pages(memoryview(fresh)[PAGE : 2 * PAGE])
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_pages_are_made_for_a_large_tensor_without_them_and_for_no_small_one(
+    tmp_path: Path, monkeypatch, fresh, is_there
+):
     asked: list[int] = []
     lock = threading.Lock()
 
@@ -73,11 +87,15 @@ def test_a_large_tensor_is_read_with_its_pages_made_and_small_ones_are_not_asked
             asked.append(memory.nbytes)
         ask_for_pages(memory)
 
-    monkeypatch.setattr(materialize_files, "ask_for_pages", counted)
+    monkeypatch.setattr(file_reading, "ask_for_pages", counted)
     sources = {"large": torch.arange(300_001), "one": torch.arange(5), "two": torch.arange(7)}
     path = str(tmp_path / "m.safetensors")
     save_file(sources, path)
+    memory = mmap.mmap(-1, sources["large"].nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     headers, targets = Headers(), {name: torch.zeros_like(source) for name, source in sources.items()}
+    targets["large"] = torch.frombuffer(memory, dtype=torch.int64)
+    if is_there:
+        targets["large"].zero_()
     read_into([(headers.find(path, name, None), target) for name, target in targets.items()])
     assert all(torch.equal(targets[name], source) for name, source in sources.items())
-    assert sum(asked) == sources["large"].nbytes
+    assert sum(asked) == (0 if is_there else sources["large"].nbytes)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from modelcache.dataplane import file_reading
+from modelcache.dataplane.file_reading import bytes_of
 from modelcache.dataplane.matching import match_tensors
 from modelcache.dataplane.source import Source
 from modelcache.dataplane.weights import (
@@ -21,7 +25,6 @@ from modelcache.dataplane.weights import (
     Location,
     RebuildSource,
     SafetensorsSource,
-    bytes_of,
 )
 from modelcache.errors import LoaderError, WeightsError
 from modelcache.headers import model_headers, read_header
@@ -81,67 +84,99 @@ def saved(path: Path, tensors: Mapping[str, torch.Tensor]) -> SafetensorsSource:
 # ------------------------------------------------------------------------------------------------------ failures
 
 
-def preadv_that(action: str, at_call: int):
-    """Reads for real, and misbehaves once."""
-    calls = 0
+@pytest.fixture
+def preadv(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., int]], None]:
+    """Puts a function in the place of the system's reads; it is given the real one before the arguments."""
+    real = os.preadv
 
-    def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        nonlocal calls
-        calls += 1
-        if calls == at_call:
-            if action == "EINTR":
-                raise InterruptedError(errno.EINTR, os.strerror(errno.EINTR))
-            if action == "EIO":
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            if action == "end":
-                return 0
-        if action == "short":
-            return os.preadv(descriptor, [buffers[0][: max(1, len(buffers[0]) // 3)]], offset)
-        return os.preadv(descriptor, buffers, offset)
+    def put(instead: Callable[..., int]) -> None:
+        monkeypatch.setattr(os, "preadv", lambda *arguments: instead(real, *arguments))
 
-    return preadv
+    return put
 
 
-@pytest.mark.parametrize("action", ["EINTR", "short"])
-def test_interrupted_and_short_reads_are_continued(action: str, tmp_path: Path) -> None:
+def test_short_reads_are_continued(tmp_path: Path, preadv) -> None:
     tensors = tensors_of()
-    save_file(tensors, tmp_path / "w.safetensors")
-    source = SafetensorsSource([read_header(tmp_path / "w.safetensors")], preadv=preadv_that(action, 1))
+    source = saved(tmp_path / "w.safetensors", tensors)
+    preadv(lambda real, file, buffers, offset: real(file, [buffers[0][: max(1, len(buffers[0]) // 3)]], offset))
     filled = fill(source, tensors)
     assert all(same(filled[name], tensors[name]) for name in tensors)
 
 
-def test_a_read_error_names_the_file_and_the_offset(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_is_handled_during_a_read_and_the_read_goes_on(when: str, tmp_path: Path, preadv) -> None:
+    tensors = tensors_of()
+    source = saved(tmp_path / "w.safetensors", tensors)
+    handled: list[int] = []
+
+    def interrupted(real, file, buffers, offset):
+        if when == "before":
+            signal.raise_signal(signal.SIGUSR1)
+        count = real(file, [buffers[0]], offset)
+        if when == "after":
+            signal.raise_signal(signal.SIGUSR1)
+        return count
+
+    preadv(interrupted)
+    old = signal.signal(signal.SIGUSR1, lambda number, frame: handled.append(number))
+    try:
+        filled = fill(source, tensors)
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    assert len(handled) >= len(tensors) - 1  # one read each, but for the tensor without bytes
+    assert all(same(filled[name], tensors[name]) for name in tensors)
+
+
+def test_a_read_error_names_the_file_and_the_offset(tmp_path: Path, preadv) -> None:
     path = tmp_path / "w.safetensors"
-    save_file({"a": torch.ones(10)}, path)
-    header = read_header(path)
-    source = SafetensorsSource([header], model_name="m", preadv=preadv_that("EIO", 1))
+    source = saved(path, {"a": torch.ones(10)})
+
+    def broken(real, file, buffers, offset):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    preadv(broken)
     with pytest.raises(WeightsError) as caught:
         fill(source, {"a": torch.ones(10)})
-    assert str(caught.value) == f"{path}: reading failed at byte {header.tensors['a'].begin:,}: Input/output error."
+    begin = read_header(path).tensors["a"].begin
+    assert str(caught.value) == f"{path}: reading failed at byte {begin:,}: Input/output error."
     assert isinstance(caught.value.__cause__, OSError)
 
 
-def test_a_file_that_ends_while_it_is_read_is_an_error_and_not_a_signal(tmp_path: Path) -> None:
+def test_a_file_that_ends_while_it_is_read_is_an_error_and_not_a_signal(tmp_path: Path, preadv) -> None:
     path = tmp_path / "w.safetensors"
-    save_file({"a": torch.ones(10)}, path)
+    source = saved(path, {"a": torch.ones(10)})
 
-    def cut_then_read(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+    def cut_then_read(real, file, buffers, offset):
         os.truncate(path, offset)
-        return os.preadv(descriptor, buffers, offset)
+        return real(file, buffers, offset)
 
-    source = SafetensorsSource([read_header(path)], preadv=cut_then_read)
-    with pytest.raises(WeightsError, match="it was shortened while it was read"):
+    preadv(cut_then_read)
+    with pytest.raises(WeightsError) as caught:
         fill(source, {"a": torch.ones(10)})
+    begin = path.stat().st_size
+    assert str(caught.value) == f"{path}: the file ends at byte {begin:,}: it was shortened while it was read."
+
+
+def test_a_file_that_is_removed_while_it_is_read_is_an_error(tmp_path: Path, preadv) -> None:
+    path = tmp_path / "w.safetensors"
+    source = saved(path, {"a": torch.ones(10)})
+
+    def remove_then_read(real, file, buffers, offset):
+        path.unlink()
+        return real(file, buffers, offset)
+
+    preadv(remove_then_read)
+    with pytest.raises(WeightsError) as caught:
+        fill(source, {"a": torch.ones(10)})
+    assert str(caught.value) == f"{path}: the file was removed while it was read."
 
 
 @pytest.mark.parametrize("how", ["replaced", "rewritten", "cut", "grown", "touched"])
 @pytest.mark.parametrize("when", ["before", "during"])
-def test_a_file_that_changes_is_never_mixed_with_what_it_was(how: str, when: str, tmp_path: Path) -> None:
+def test_a_file_that_changes_is_never_mixed_with_what_it_was(how: str, when: str, tmp_path: Path, preadv) -> None:
     path, other = tmp_path / "w.safetensors", tmp_path / "other"
-    save_file({"a": torch.ones(10)}, path)
+    source = saved(path, {"a": torch.ones(10)})
     save_file({"a": torch.zeros(10)}, other)
-    header = read_header(path)
 
     def change() -> None:
         if how == "replaced":
@@ -154,18 +189,60 @@ def test_a_file_that_changes_is_never_mixed_with_what_it_was(how: str, when: str
             os.truncate(path, 1000)
         os.utime(path, ns=(1, 1))
 
-    def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        count = os.preadv(descriptor, buffers, offset)
-        if when == "during":
-            change()
+    def read_then_change(real, file, buffers, offset):
+        count = real(file, buffers, offset)
+        change()
         return count
 
-    source = SafetensorsSource([header], model_name="m", preadv=preadv)
     if when == "before":
         change()
+    else:
+        preadv(read_then_change)
     with pytest.raises(WeightsError, match="the file changed since the model was first read") as caught:
         fill(source, {"a": torch.ones(10)})
     assert (caught.value.name, caught.value.path) == ("m", str(path))
+    assert str(caught.value).endswith(". Restore it, or register the model anew.")
+
+
+@pytest.mark.parametrize("how", ["cut", "replaced"])
+def test_a_file_that_changes_between_two_reports_is_refused_by_the_rest(how: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(file_reading, "_PIECE_BYTES", 64)
+    path, other = tmp_path / "w.safetensors", tmp_path / "other"
+    tensors = {f"t{i:02}": torch.ones(16) for i in range(40)}
+    source = saved(path, tensors)
+    save_file({name: torch.zeros(16) for name in tensors}, other)
+    counts: list[int] = []
+
+    def report(size_bytes: int) -> None:
+        if not counts:
+            os.truncate(path, path.stat().st_size - 64) if how == "cut" else other.rename(path)
+        counts.append(size_bytes)
+
+    targets = {name: torch.full((16,), 2.0) for name in tensors}
+    with pytest.raises(WeightsError, match="the file changed since the model was first read"):
+        source.fill(targets, report)
+    assert 0 < sum(counts) < 40 * 64
+    assert not any((target == 0).any() for target in targets.values())  # nothing of the other file
+
+
+class CancelledFill(Exception):
+    pass
+
+
+def test_what_the_report_raises_ends_the_fill_and_nothing_is_written_any_more(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(file_reading, "_PIECE_BYTES", 64)
+    tensors = {f"t{i:03}": torch.ones(16) for i in range(200)}
+    source = saved(tmp_path / "w.safetensors", tensors)
+    targets = {name: torch.zeros(16) for name in tensors}
+
+    def cancel(size_bytes: int) -> None:
+        raise CancelledFill
+
+    with pytest.raises(CancelledFill) as held:
+        source.fill(targets, cancel)
+    assert not any(thread.name.startswith("modelcache-read") for thread in threading.enumerate()), held
+    filled = sum(bool(target.any()) for target in targets.values())
+    assert 1 <= filled <= 10  # the first and what was read ahead of it
 
 
 def test_a_removed_file_is_an_error_that_lists_the_folder(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 file that is not the one that was looked at."""
 
 import os
+import pickle
 import threading
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from accelerate import dispatch_model
 from dispatched import ACCELERATOR, SPLIT, Tiny, assert_stuck, assert_whole, portrait, state
 from safetensors.torch import save_file
 
-from modelcache.dataplane import materialize_files
+from modelcache.dataplane import file_reading
+from modelcache.dataplane.file_reading import ChangedError, UnreadableError, read_into, reading
 from modelcache.dataplane.materialize import materialize_meta_tensors
-from modelcache.dataplane.materialize_files import FileBytes, FileProblemError, Headers, find_dat, read_into, reading
+from modelcache.dataplane.weight_files import FileBytes, Headers, find_dat
 from modelcache.errors import MaterializeError
 
 LARGE = (3 << 20) + 7  # elements; with 4 bytes each more than what is converted at once
@@ -47,14 +49,14 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 def conversions(monkeypatch):
     """The sizes of the temporary memory that conversions take."""
     taken: list[int] = []
-    make = materialize_files.new_tensor
+    make = file_reading.new_tensor
 
     def counted(shape, dtype, stride=None):
         tensor = make(shape, dtype, stride)
         taken.append(tensor.nbytes)
         return tensor
 
-    monkeypatch.setattr(materialize_files, "new_tensor", counted)
+    monkeypatch.setattr(file_reading, "new_tensor", counted)
     return taken
 
 
@@ -88,7 +90,7 @@ def test_every_dtype_is_read_in_place(tmp_path, dtype, conversions):
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
 @pytest.mark.parametrize("piece_bytes", [1, 5, 64, 1 << 20])
 def test_any_cut_into_pieces_gives_every_tensor(tmp_path, monkeypatch, piece_bytes, num_workers):
-    monkeypatch.setattr(materialize_files, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(file_reading, "_PIECE_BYTES", piece_bytes)
     sources = {f"t{i}": numbers(i % 4, 3) for i in range(9)} | {"scalar": torch.tensor(2.5)}
     places = stored(tmp_path, sources)
     targets = {name: torch.full_like(tensor, -1) for name, tensor in sources.items()}
@@ -139,7 +141,7 @@ def test_tensors_of_several_files_and_with_gaps_between_are_read(tmp_path):
 
 
 def test_a_large_tensor_is_shared_between_workers(tmp_path, monkeypatch):
-    monkeypatch.setattr(materialize_files, "_PIECE_BYTES", 1 << 20)
+    monkeypatch.setattr(file_reading, "_PIECE_BYTES", 1 << 20)
     source = numbers(LARGE)
     place = stored(tmp_path, {"a": source})["a"]
     target = torch.empty(LARGE)
@@ -164,7 +166,7 @@ def test_another_dtype_is_converted_by_way_of_little_memory(tmp_path, shape, con
     target = torch.empty(shape, dtype=torch.bfloat16)
     read_into([(place, target)])
     assert torch.equal(target, source.to(torch.bfloat16))
-    assert 0 < max(conversions) <= materialize_files._CONVERT_BYTES < source.nbytes
+    assert 0 < max(conversions) <= file_reading._CONVERT_BYTES < source.nbytes
 
 
 def test_a_cast_comes_between_the_dtype_of_the_file_and_that_of_the_tensor(tmp_path):
@@ -191,7 +193,7 @@ def test_memory_of_any_strides_is_filled_in_order(tmp_path, monkeypatch, make, l
     shape = (70, 40, 300) if limit_bytes > 1000 else (3, 4, 5)
     source = numbers(*shape)
     place = stored(tmp_path, {"a": source})["a"]
-    monkeypatch.setattr(materialize_files, "_CONVERT_BYTES", limit_bytes)
+    monkeypatch.setattr(file_reading, "_CONVERT_BYTES", limit_bytes)
     target = make()[tuple(slice(size) for size in shape)]
     stride = target.stride()
     read_into([(place, target)])
@@ -237,7 +239,7 @@ def test_tensors_made_in_inference_mode_are_filled_too(tmp_path):
 
 
 def test_reports_add_up_to_the_bytes_of_the_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(materialize_files, "_PIECE_BYTES", 100)
+    monkeypatch.setattr(file_reading, "_PIECE_BYTES", 100)
     sources = {f"t{i}": numbers(i, 7) for i in range(12)}
     places = stored(tmp_path, sources)
     reports: list[int] = []
@@ -248,7 +250,7 @@ def test_reports_add_up_to_the_bytes_of_the_files(tmp_path, monkeypatch):
 
 
 def test_an_error_of_the_report_ends_the_work_with_no_thread_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(materialize_files, "_PIECE_BYTES", 8)
+    monkeypatch.setattr(file_reading, "_PIECE_BYTES", 8)
     places = stored(tmp_path, {f"t{i}": numbers(4) + 1 for i in range(40)})
     targets = [torch.zeros(4) for _ in places]
 
@@ -265,7 +267,7 @@ def test_an_error_of_the_report_ends_the_work_with_no_thread_left(tmp_path, monk
 
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_memory_is_asked_for_only_a_little_ahead_of_what_was_taken(tmp_path, monkeypatch, num_workers):
-    monkeypatch.setattr(materialize_files, "_PIECE_BYTES", 16)
+    monkeypatch.setattr(file_reading, "_PIECE_BYTES", 16)
     places = list(stored(tmp_path, {f"t{i}": numbers(4) for i in range(100)}).values())
     asked: list[int] = []
 
@@ -282,8 +284,8 @@ def test_memory_is_asked_for_only_a_little_ahead_of_what_was_taken(tmp_path, mon
 
 
 def test_tensors_are_complete_when_the_last_of_their_segments_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(materialize_files, "_PIECE_BYTES", 10)
-    monkeypatch.setattr(materialize_files, "_CONVERT_BYTES", 12)
+    monkeypatch.setattr(file_reading, "_PIECE_BYTES", 10)
+    monkeypatch.setattr(file_reading, "_CONVERT_BYTES", 12)
     sources = {"a": numbers(9), "none": numbers(0, 2), "b": numbers(3, 5), "c": numbers(7)}
     places = stored(tmp_path, sources)
     targets = [torch.full((9,), -1.0), torch.empty(0, 2), torch.full((5, 3), -1.0).t(), torch.zeros(7).double()]
@@ -337,10 +339,11 @@ def test_a_file_that_changed_since_it_was_looked_at_is_refused_before_reading(tm
         place = stored(tmp_path, {"b": numbers(6) + 1}, path.name)["b"]
     change(path)
     target = torch.full((6,), -1.0)
-    with pytest.raises(FileProblemError, match=words) as caught:
+    with pytest.raises(UnreadableError, match=words) as caught:
         read_into([(good, torch.empty(6)), (place, target)])
-    assert str(path.name) in str(caught.value) or "The folder has" in str(caught.value)
-    assert str(tmp_path) in str(caught.value)
+    assert str(path.name) in str(caught.value)
+    assert caught.value.path == str(tmp_path if words == "no file" else path)
+    assert isinstance(caught.value, ChangedError) == (words != "no file")
     assert caught.value.position == 1
     assert torch.equal(target, torch.full((6,), -1.0))
 
@@ -356,18 +359,39 @@ def test_a_file_that_changes_while_it_is_read_is_refused_after_reading(tmp_path,
         return count
 
     monkeypatch.setattr(os, "preadv", read_then_change)
-    words = "No such file" if words == "no file" else words
-    with pytest.raises(FileProblemError, match=words) as caught:
+    words = "the file was removed while it was read" if words == "no file" else words
+    with pytest.raises(UnreadableError, match=words) as caught:
         read_into([(place, torch.empty(6))])
-    assert place.path in str(caught.value)
+    assert caught.value.path == place.path
     assert caught.value.position == 0
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+@pytest.mark.parametrize(("words", "change"), CHANGES.items(), ids=list(CHANGES))
+def test_a_file_that_changes_between_two_pieces_is_refused(tmp_path, monkeypatch, words, change, num_workers):
+    monkeypatch.setattr(file_reading, "_PIECE_BYTES", 8)
+    places = stored(tmp_path, {f"t{i}": numbers(4) + 1 for i in range(40)})
+    path = Path(places["t0"].path)
+    reports: list[int] = []
+
+    def once(size_bytes):
+        if not reports:
+            change(path)
+        reports.append(size_bytes)
+
+    # A worker may just have been reading the file that was removed.
+    words = "no file|was removed while it was read" if words == "no file" else words
+    with pytest.raises(UnreadableError, match=words) as caught:
+        read_into([(place, torch.empty(4)) for place in places.values()], once, num_workers)
+    assert 0 < sum(reports) < 40 * 16
+    assert pickle.loads(pickle.dumps(caught.value)).args == caught.value.args
 
 
 def test_a_file_cut_short_is_named_with_the_tensor_also_when_nobody_noted_which_file_it_was(tmp_path):
     path = tmp_path / "x.bin"
     path.write_bytes(bytes(50))
     places = [FileBytes(str(path), 16 * number, torch.float32, (4,)) for number in range(5)]
-    with pytest.raises(FileProblemError, match=r"x\.bin is cut short at byte 50") as caught:
+    with pytest.raises(UnreadableError, match=r"x\.bin: the file ends at byte 50: it was shortened while") as caught:
         read_into([(place, torch.empty(4)) for place in places])
     assert caught.value.position == 3
 
@@ -375,7 +399,7 @@ def test_a_file_cut_short_is_named_with_the_tensor_also_when_nobody_noted_which_
 def test_a_path_that_became_a_pipe_or_a_folder_is_refused_without_waiting(tmp_path):
     for name, make in (("pipe", os.mkfifo), ("folder", os.mkdir)):
         make(tmp_path / name)
-        with pytest.raises(FileProblemError, match=name):
+        with pytest.raises(UnreadableError, match=name):
             read_into([(FileBytes(str(tmp_path / name), 0, torch.uint8, (4,)), torch.empty(4, dtype=torch.uint8))])
 
 
@@ -386,7 +410,9 @@ def test_an_error_of_the_system_is_told_with_the_path(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "preadv", broken)
-    with pytest.raises(FileProblemError, match=r"m\.safetensors: Input/output error") as caught:
+    with pytest.raises(
+        UnreadableError, match=r"m\.safetensors: reading failed at byte [\d,]+: Input/output error"
+    ) as caught:
         read_into([(place, torch.empty(6))])
     assert caught.value.position == 0
 
@@ -410,7 +436,7 @@ def test_no_descriptor_stays_open(tmp_path):
     before = os.listdir("/proc/self/fd")
     for _ in range(3):
         read_into([(place, torch.empty(4)) for place in places.values()])
-        with pytest.raises(FileProblemError):
+        with pytest.raises(UnreadableError):
             read_into([(FileBytes(places["t0"].path, 10**6, torch.float32, (4,)), torch.empty(4))])
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
@@ -424,7 +450,7 @@ def on_disk(tmp_path):
 
 
 def test_a_model_whose_files_change_while_it_is_made_whole_stays_as_it_was(on_disk, tmp_path, monkeypatch):
-    monkeypatch.setattr(materialize_files, "_PIECE_BYTES", 1)
+    monkeypatch.setattr(file_reading, "_PIECE_BYTES", 1)
     model, before = on_disk
     was = portrait(model)
     keep = {path: path.read_bytes() for path in tmp_path.glob("*.dat")}
@@ -446,7 +472,7 @@ def test_a_model_whose_files_change_while_it_is_made_whole_stays_as_it_was(on_di
 
 
 def test_a_model_that_was_interrupted_leaves_no_reader_behind(on_disk, monkeypatch):
-    monkeypatch.setattr(materialize_files, "_PIECE_BYTES", 1)
+    monkeypatch.setattr(file_reading, "_PIECE_BYTES", 1)
     model, before = on_disk
 
     def interrupt(done_bytes, total_bytes, name):
