@@ -17,7 +17,12 @@ from xml.etree import ElementTree as ET
 from on_top import ROOT, environment, install_on_top, table, version_in, where_and_when, write_report
 
 VERSIONS = ("1.1.*", "1.10.*", "1.14.*", "1.15.*")
-_TESTS = ("test_accelerate_state.py", "test_materialize*.py")
+_TESTS = (
+    "dataplane/test_accelerate_state.py",
+    "dataplane/test_materialize*.py",
+    "dataplane/test_dispatched.py",
+    "test_dispatched_models.py",
+)
 # Of accelerate 1.1 itself, while it is imported with a newer numpy; warnings are errors in our tests.
 _OLD_NUMPY = "ignore:numpy.core is deprecated:DeprecationWarning"
 
@@ -37,7 +42,7 @@ def main() -> int:
         skips = Counter(why for outcome, _, why in outcomes if outcome == "skipped")
         notes += [f"- skipped {count}: {why}" for why, count in sorted(skips.items())]
         notes += [f"- {version}: {test} failed: {why}" for outcome, test, why in outcomes if outcome == "failed"]
-    names = ", ".join(f"tests/dataplane/{name}" for name in _TESTS)
+    names = ", ".join(f"tests/{name}" for name in _TESTS)
     parts = [f"{names}; {where_and_when()}.", table(("accelerate", "passed", "failed", "skipped"), rows)]
     report = "\n\n".join([*parts, "\n".join(notes)]).rstrip()
     print(report)
@@ -59,7 +64,7 @@ def _parsed() -> argparse.Namespace:
 
 def _run(libraries: Path, outcomes: Path) -> list[tuple[str, str, str]]:
     """Outcome, name and reason of each test."""
-    files = [str(path) for name in _TESTS for path in sorted((ROOT / "tests" / "dataplane").glob(name))]
+    files = [str(path) for name in _TESTS for path in sorted((ROOT / "tests").glob(name))]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", _OLD_NUMPY]
     done = subprocess.run(
         [*command, f"--junitxml={outcomes}", *files],

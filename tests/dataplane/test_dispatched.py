@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import attach_align_device_hook
-from dispatched import IDS, OwnParameter, Tied, Tiny, X, assert_same, portrait, state
+from dispatched import IDS, OwnParameter, Tied, Tiny, X, assert_same, can_offload_torchao, portrait, state
 from movers import Rig
 from torch import nn
 
@@ -170,8 +170,8 @@ def test_a_saved_llama_split_by_its_device_map_is_dropped_and_read_from_its_own_
 def test_with_nothing_on_the_device_its_smallest_tensor_tells_whether_it_runs(rig, tmp_path):
     def load():
         model = Tiny().eval()
-        places = dict.fromkeys(SPLIT, "disk")
-        return dispatch_model(model, places, main_device="sim:0", offload_dir=tmp_path, offload_buffers=True)
+        disk_offload(model, tmp_path, torch.device("sim:0"), offload_buffers=True)
+        return model
 
     facts = rig.load(load)
     on, _ = by_place(facts)
@@ -289,6 +289,7 @@ def test_another_librarys_mapping_is_asked_and_the_model_runs_only_whole(rig):
     assert all(torch.equal(t, Tiny().state_dict()[n]) for n, t in rig.mover.object_of("m").state_dict().items())
 
 
+@can_offload_torchao
 def test_quantized_weights_are_rebuilt_and_run_only_whole(rig):
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
