@@ -43,7 +43,7 @@ class ResidencyGuard:
 
     def __reduce__(self) -> tuple[type[ResidencyGuard], tuple[str, bool]]:
         # A pickled or deep-copied module is nobody's to move.
-        return (ResidencyGuard, (self.name, True))
+        return (ResidencyGuard, ("", True))
 
 
 @dataclass(slots=True, eq=False)

@@ -63,7 +63,7 @@ def materialize_meta_tensors(
         copy: ``"auto"`` shares the memory in which the dispatch keeps weights in RAM; ``"always"`` gives the model
             memory of its own.
         extra_sources: Where else data may be, by full tensor name: folders of ``.dat`` or safetensors files, mappings,
-            or a list of these. For weights that no hook knows of.
+            or a list of these. For weights that no hook knows of, or whose file is not to be had where the hook says.
         tied_params: Groups of full names that are one tensor each, for ties that nothing else recorded.
         check_memory: Refuse when the target has no room, before anything is read.
         num_workers: Threads that read files.
@@ -145,10 +145,11 @@ def restore_dispatch(model: ModelT, *, on_modified: OnModified = "write") -> Mod
 
     Args:
         model: What was given to `materialize_meta_tensors`.
-        on_modified: For weights that changed since: ``"write"`` makes the dispatch use the changed ones (kept in RAM,
-            no file is written), ``"error"`` refuses, ``"discard"`` goes back to the stored ones. Weights in memory
-            shared with the dispatch (``copy="auto"``) are changed there already, and ``"discard"`` cannot take
-            that back.
+        on_modified: For weights that the dispatch keeps off the device and that changed since: ``"write"`` makes the
+            dispatch use the changed ones (kept in RAM, no file is written), ``"error"`` refuses, ``"discard"`` goes
+            back to the stored ones. Weights in memory shared with the dispatch (``copy="auto"``) are changed there
+            already, and ``"discard"`` cannot take that back; neither can it for weights that the dispatch has on the
+            device, which are moved back as they are. Gradients of weights kept off the device are dropped.
 
     Returns:
         The same object.
@@ -157,15 +158,17 @@ def restore_dispatch(model: ModelT, *, on_modified: OnModified = "write") -> Mod
         MaterializeError: There is no dispatch to restore, or it cannot be restored; the model is as it was.
         ValueError: `on_modified` is none of the three.
     """
-    if on_modified not in ("write", "error", "discard"):
-        raise ValueError(f"on_modified must be 'write', 'error' or 'discard', not {on_modified!r}")
+    _require_known(on_modified)
     with _turn_of(model):
         attributes = _memory_of(model)
         snapshot = attributes.get(ATTRIBUTE)
         if snapshot is None:
-            raise MaterializeError(
-                (), "this model has no dispatch to restore; it was never materialized with keep_dispatch=True"
+            why = (
+                "it is dispatched as it is"
+                if is_dispatched(model)
+                else "it was not materialized, or with keep_dispatch=False, or is a copy of a model that was"
             )
+            raise MaterializeError((), f"this model has no dispatch to restore: {why}")
         put_back(snapshot, _components(model), attributes, on_modified)
     return model
 
@@ -186,13 +189,48 @@ def materialized(
         on_modified: As for `restore_dispatch`.
         **options: Further arguments of `materialize_meta_tensors`, but not `keep_dispatch`.
     """
-    was_dispatched = is_dispatched(model)
-    materialize_meta_tensors(model, target_device, keep_dispatch=True, **options)
+    _require_known(on_modified)
+    turn = _turn_for(model)
+    with turn.table:
+        was_dispatched = is_dispatched(model)
+        materialize_meta_tensors(model, target_device, keep_dispatch=True, **options)
+        turn.num_blocks += 1
+        turn.has_dispatch |= was_dispatched
     try:
         yield model
     finally:
-        if was_dispatched:
-            restore_dispatch(model, on_modified=on_modified)
+        with turn.table:
+            turn.num_blocks -= 1
+            # Blocks of several threads, or one inside the other: the last one to end puts the dispatch back.
+            if not turn.num_blocks and turn.has_dispatch:
+                turn.has_dispatch = False
+                restore_dispatch(model, on_modified=on_modified)
+
+
+def _require_known(on_modified: str) -> None:
+    if on_modified not in ("write", "error", "discard"):
+        raise ValueError(f"on_modified must be 'write', 'error' or 'discard', not {on_modified!r}")
+
+
+def _require_nobodys(model: object) -> None:
+    """A model in a cache is moved by the cache, which counts its bytes.
+
+    Raises:
+        MaterializeError: It is in one; the text names it.
+    """
+    from modelcache.dataplane.adapters import handle_in
+    from modelcache.dataplane.loaded import ResidencyGuard
+
+    hooks = [hook for module in _components(model).values() for hook in module._forward_pre_hooks.values()]
+    owner = next((hook.name for hook in hooks if isinstance(hook, ResidencyGuard) and hook.name), None)
+    if owner is None and handle_in(model) is None:
+        return
+    name = repr(owner or "name")
+    raise MaterializeError(
+        (),
+        f"this model is in a cache, as {name}, which moves it and counts its bytes: it is whole whenever it is parked; "
+        f"call cache.park({name}) to free the device",
+    )
 
 
 def _components(model: object) -> dict[str, torch.nn.Module]:
@@ -215,13 +253,20 @@ def _memory_of(model: object) -> dict[str, Any]:
 
 
 def _resolved(target_device: torch.device | str | int) -> torch.device:
-    target = torch.device(target_device)
+    try:
+        target = torch.device(target_device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"target_device must be a device such as 'cpu' or 'cuda:0', not {target_device!r}") from error
     if target.type == "meta":
         raise ValueError("target_device must be a device that holds data, not 'meta'")
     if target.type == "cpu":
         return torch.device("cpu")
-    # "cuda" means the current card, and only a tensor tells which that is.
-    return torch.empty_strided((0,), (1,), device=target).device
+    try:
+        # "cuda" means the current card, and only a tensor tells which that is.
+        return torch.empty_strided((0,), (1,), device=target).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"target_device {str(target)!r} cannot be used here: {reason}") from error
 
 
 def planned(model: object, extra: list[Mapping[str, Any]]) -> Plan:
@@ -332,16 +377,23 @@ class _Turn:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.thread: int | None = None
+        self.table = threading.RLock()  # for the blocks; taken before `lock`
+        self.num_blocks, self.has_dispatch = 0, False
 
 
 _turns: WeakKeyDictionary[torch.nn.Module, _Turn] = WeakKeyDictionary()
 _turns_lock = threading.Lock()  # guards the table only; taken before a turn's own lock and released before it is held
 
 
+def _turn_for(model: object) -> _Turn:
+    with _turns_lock:
+        return _turns.setdefault(_first_module(model), _Turn())
+
+
 @contextmanager
 def _turn_of(model: object) -> Iterator[None]:
-    with _turns_lock:
-        turn = _turns.setdefault(_first_module(model), _Turn())
+    _require_nobodys(model)
+    turn = _turn_for(model)
     if turn.thread == threading.get_ident():
         raise MaterializeError((), "this model is being materialized or restored by this very thread already")
     with turn.lock:

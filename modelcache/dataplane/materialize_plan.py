@@ -136,7 +136,15 @@ def make_plan(places: Places, extra: Sequence[Mapping[str, Any]] = ()) -> Plan:
             _check(unit, unit.found)
             plan.loads.append(unit)
         except FileProblemError as problem:
-            plan.problems[unit.name] = str(problem)
+            try:
+                # What the dispatch knows is of no use. The caller may have said where else the data is.
+                if not finder.find_elsewhere(unit):
+                    raise
+                unit.found = _locate(next(iter(unit.kept.values())), headers)
+                _check(unit, unit.found)
+                plan.loads.append(unit)
+            except FileProblemError:
+                plan.problems[unit.name] = str(problem)
     plan.loads = _one_per_source(plan.loads)
     return plan
 
@@ -210,6 +218,20 @@ class _Finder:
                     unit.weights, unit.key = weights, key
                 unit.kept[slot] = kept
                 break
+
+    def find_elsewhere(self, unit: Unit) -> bool:
+        """Look only where the caller says; whether the data of each slot is there."""
+        unit.kept.clear()
+        for slot in unit.slots:
+            for weights, name in (
+                (weights, name) for weights in self.extra for name in (*slot.names, *slot.plain_names)
+            ):
+                kept = state.find_kept(weights, name)
+                if kept is not None:
+                    unit.weights, unit.key = weights, name
+                    unit.kept[slot] = kept
+                    break
+        return len(unit.kept) == len(unit.slots)
 
     def _candidates(self, slot: Slot) -> Iterable[tuple[Mapping[str, Any], str]]:
         # Only the hook knows its weights for sure: a module may have been renamed below it since.

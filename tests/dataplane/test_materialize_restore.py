@@ -209,7 +209,7 @@ def test_there_is_nothing_to_restore_on_a_model_that_was_not_dispatched():
 def test_a_dispatch_that_was_not_kept_cannot_be_restored(model):
     materialize_meta_tensors(model, keep_dispatch=False)
     assert not [key for key in vars(model) if "modelcache" in key]
-    with pytest.raises(MaterializeError, match="keep_dispatch=True"):
+    with pytest.raises(MaterializeError, match="keep_dispatch=False"):
         restore_dispatch(model)
 
 
