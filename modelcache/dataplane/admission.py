@@ -36,7 +36,7 @@ from modelcache.errors import LoaderError
 from modelcache.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from modelcache.dataplane.dispatched import Dispatch
+    from modelcache.dataplane.dispatch_form import Dispatch
 
 _counter = itertools.count(1)
 # A part may move between being found and being locked; after that many rounds somebody moves it all the time.

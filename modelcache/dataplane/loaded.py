@@ -12,38 +12,16 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from modelcache.dataplane import adapters
+from modelcache.dataplane.guard import ResidencyGuard
 from modelcache.dataplane.inventory import Slot, Walk, Wrapper, slots_of
 from modelcache.dataplane.parts import Part
-from modelcache.errors import ModelNotResidentError
 from modelcache.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from modelcache.dataplane.dispatched import Dispatch
+    from modelcache.dataplane.dispatch_form import Dispatch
 
 log = logging.getLogger("modelcache.dataplane")
 _CPU = torch.device("cpu")
-
-
-class ResidencyGuard:
-    """A forward pre-hook of a root module: one attribute test while its parts are on the top tier, an error else."""
-
-    __slots__ = ("name", "resident")
-
-    def __init__(self, name: str, resident: bool = False) -> None:
-        self.name, self.resident = name, resident
-
-    def __call__(self, module: torch.nn.Module, args: object) -> None:
-        """Refuse the forward of a model that is away.
-
-        Raises:
-            ModelNotResidentError: Always, while `resident` is false.
-        """
-        if not self.resident:
-            raise ModelNotResidentError(self.name)
-
-    def __reduce__(self) -> tuple[type[ResidencyGuard], tuple[str, bool]]:
-        # A pickled or deep-copied module is nobody's to move.
-        return (ResidencyGuard, ("", True))
 
 
 @dataclass(slots=True, eq=False)

@@ -219,7 +219,7 @@ def _require_nobodys(model: object) -> None:
         MaterializeError: It is in one; the text names it.
     """
     from modelcache.dataplane.adapters import handle_in
-    from modelcache.dataplane.loaded import ResidencyGuard
+    from modelcache.dataplane.guard import ResidencyGuard
 
     hooks = [hook for module in _components(model).values() for hook in module._forward_pre_hooks.values()]
     owner = next((hook.name for hook in hooks if isinstance(hook, ResidencyGuard) and hook.name), None)

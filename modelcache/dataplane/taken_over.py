@@ -10,7 +10,7 @@ from modelcache.dataplane.materialize_journal import Swap, undo_all
 from modelcache.dataplane.source import Source
 
 if TYPE_CHECKING:
-    from modelcache.dataplane.dispatched import Dispatch
+    from modelcache.dataplane.dispatch_form import Dispatch
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,29 @@
+"""What stands before a cached model: a forward while it is away is an error, and whose the model is can be seen."""
+
+from __future__ import annotations
+
+import torch
+
+from modelcache.errors import ModelNotResidentError
+
+
+class ResidencyGuard:
+    """A forward pre-hook of a root module: one attribute test while its parts are on the top tier, an error else."""
+
+    __slots__ = ("name", "resident")
+
+    def __init__(self, name: str, resident: bool = False) -> None:
+        self.name, self.resident = name, resident
+
+    def __call__(self, module: torch.nn.Module, args: object) -> None:
+        """Refuse the forward of a model that is away.
+
+        Raises:
+            ModelNotResidentError: Always, while `resident` is false.
+        """
+        if not self.resident:
+            raise ModelNotResidentError(self.name)
+
+    def __reduce__(self) -> tuple[type[ResidencyGuard], tuple[str, bool]]:
+        # A pickled or deep-copied module is nobody's to move.
+        return (ResidencyGuard, ("", True))
