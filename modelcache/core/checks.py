@@ -60,13 +60,11 @@ class Checks:
         """Whether the next return of a lease of this model must be told."""
         return self._after_s is not None and model.gate_is_open and model.spec.name not in self.due
 
-    def returned(self, model: Model, now_s: float) -> bool:
-        """A lease came back, or a watched gate had none; True if the model has become due."""
+    def returned(self, model: Model, now_s: float) -> None:
+        """A lease came back, or a watched gate had none: the model is due, unless it was looked at since."""
         name = model.spec.name
-        if self._after_s is None or name in self.due or not self._unlooked(model):
-            return False
-        self._wait(name, now_s)
-        return True
+        if self._after_s is not None and name not in self.due and self._unlooked(model):
+            self._wait(name, now_s)
 
     def look(self, now_s: float) -> list[str]:
         """Start the next look if its time has come; returns the models that are due no more."""

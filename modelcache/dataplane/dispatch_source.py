@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from modelcache.dataplane.file_reading import ChangedError, Report, UnreadableError, read_into
+from modelcache.dataplane.file_reading import ChangedError, Report, UnreadableError, read_into, read_tensor
 from modelcache.dataplane.materialize_record import Mark, mark_of
 from modelcache.dataplane.source import Source
 from modelcache.dataplane.weight_files import FileBytes
@@ -75,7 +75,11 @@ class DispatchSource:
 
     def _check(self, name: str, tensor: torch.Tensor) -> None:
         mark = self._marks.get(name)
-        if mark is None or mark.dtype != tensor.dtype or mark_of(tensor) == mark:
+        if mark is None:
+            return
+        # The model may have been given another dtype since its dispatch. The file was not.
+        stored = tensor if tensor.dtype == mark.dtype else read_tensor(self._places[name])
+        if mark_of(stored) == mark:
             return
         problem = (
             "holds other weights than the model was dispatched with; load it again, into a folder of its own: "

@@ -110,11 +110,12 @@ class TorchMover:
         started = self._now_s()
         with _words_of_loader(spec):
             built = self._run_loader(spec)
+            # Before the lock: what cannot be read later is read here, for as long as that takes.
+            taken = self._taken_over(spec, built)
             with self._admitting, _plain_tensors():
-                self._require_open()
-                self._require_new(spec)
-                taken = self._taken_over(spec, built)
                 try:
+                    self._require_open()
+                    self._require_new(spec)
                     model = self._admission.admit(
                         spec, Built(built.model, taken.source), lambda: list(self._parts.values()), taken.dispatch
                     )
@@ -265,7 +266,9 @@ class TorchMover:
         if not _is_dispatched(built):
             return TakenOver(built.source, None)
         modules = {id(each) for module in adapters.modules_of(built.model).values() for each in module.modules()}
-        for name, model in self._models.items():
+        with self._admitting:
+            models = list(self._models.items())
+        for name, model in models:
             # Somebody may be inside of it: its hooks must not even be touched.
             if any(id(each) in modules for module in model.modules.values() for each in module.modules()):
                 problem = f"returned a dispatched model that is, in whole or in part, {name!r}; register it once"

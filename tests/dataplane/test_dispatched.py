@@ -349,3 +349,22 @@ def _trim(rig, part):
     from modelcache.move import Move, Residency
 
     return Move(part, 1000, rig.mover.residency(part), Residency(0, 0), rig.n(part))
+
+
+def test_replaced_weights_are_told_from_the_model_also_in_another_dtype(rig, tmp_path):
+    def load():
+        model = modelcache.dispatch_model(Tiny().eval(), SPLIT, offload_dir=tmp_path).half()
+        (tmp_path / "linear2.weight.dat").write_bytes(torch.zeros(5, 4).numpy().tobytes())
+        return model
+
+    on, off = by_place(rig.load(load))
+    rig.stage(on)
+    with pytest.raises(WeightsError, match="holds other weights than the model was dispatched with"):
+        rig.stage(off)
+
+
+def test_unchanged_weights_are_those_of_the_model_also_in_another_dtype(rig, tmp_path):
+    on, off = by_place(rig.load(lambda: modelcache.dispatch_model(Tiny().eval(), SPLIT, offload_dir=tmp_path).half()))
+    rig.stage(on)
+    rig.stage(off)
+    assert torch.equal(rig.mover.object_of("m").linear2.weight, Tiny().linear2.weight.half())
