@@ -57,8 +57,10 @@ class Checks:
         return giving.after == Residency(0, part.n) or part.clean_tick != self._tick_of(part)
 
     def watches(self, model: Model) -> bool:
-        """Whether the next return of a lease of this model must be told."""
-        return self._after_s is not None and model.gate_is_open and model.spec.name not in self.due
+        """Whether the next return of a lease of this model must be told. Never where there is nothing to look at."""
+        if self._after_s is None or not model.gate_is_open or model.spec.name in self.due:
+            return False
+        return any(self._books.parts[part].vram for part in model.parts)
 
     def returned(self, model: Model, now_s: float) -> None:
         """A lease came back, or a watched gate had none: the model is due, unless it was looked at since."""

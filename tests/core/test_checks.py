@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 from scenes import Scene, model
+from worlds import spec
 
 from modelcache.core.machine import Budgets
 from modelcache.core.messages import Closing, WantCopy, WantDown
-from modelcache.move import MoveKind
+from modelcache.move import LoadedFacts, MoveKind
 from modelcache.tier import Tier
 
 BUDGETS = Budgets(ram=20, vram=4, check_after_s=1.0)
@@ -140,6 +141,14 @@ def test_on_a_machine_without_an_accelerator_nobody_looks():
     scene = Scene(Budgets(ram=20, top=Tier.RAM, check_after_s=1.0), model("a", 2))
     scene.use("a")
     assert not is_looking(scene)
+    assert not scene.gates["a"].watched  # or every hit would tell of itself for nothing
+
+
+def test_a_model_without_bytes_is_never_watched():
+    scene = Scene(BUDGETS, (spec("a"), LoadedFacts((), 0, "Net")))
+    scene.use("a")
+    assert not is_looking(scene)
+    assert not scene.gates["a"].watched
 
 
 def test_a_closed_cache_looks_at_nothing_more():
