@@ -71,9 +71,9 @@ class FrontDoor:
 
     # --- what handles ask -----------------------------------------------------------------------------------------
 
-    def acquire(self, name: str) -> Lease:
-        """A lease on the usable model; blocks until it is had."""
-        return self.lease(name, None)
+    def acquire(self, name: str, *, early: bool = False) -> Lease:
+        """A lease on the usable model; blocks until it is had, or its last weights are on their way."""
+        return self.lease(name, None, early=early)
 
     def object_of(self, name: str) -> Any:
         """The object the loader built."""
@@ -114,12 +114,12 @@ class FrontDoor:
             return ForkedCacheError()
         return CacheClosedError() if self.is_closed else None
 
-    def lease(self, name: str, timeout_s: float | None) -> Lease:
+    def lease(self, name: str, timeout_s: float | None, *, early: bool = False) -> Lease:
         """A lease for the caller."""
         holder = current_holder()
         lease = self._enter(self.entry(name), Lease, holder)
         if lease is None:
-            (lease,) = self._ask((name,), timeout_s, Lease, holder)
+            (lease,) = self._ask((name,), timeout_s, Lease, holder, early=early)
         return lease
 
     def first_use(self, name: str, timeout_s: float | None) -> FirstUseLease:
@@ -165,17 +165,19 @@ class FrontDoor:
         lease.close()
         return None
 
-    def _ask(self, names: tuple[str, ...], timeout_s: float | None, kind: type[L], lend_to: object) -> tuple[L, ...]:
+    def _ask(
+        self, names: tuple[str, ...], timeout_s: float | None, kind: type[L], lend_to: object, *, early: bool = False
+    ) -> tuple[L, ...]:
         refusal = self.refusal()
         if refusal is not None:
             raise refusal
         leases: tuple[L, ...] = self._driver.ask(
-            self._want(names), timeout_s, self._lender(kind), lend_to, wasted_ticks=len(names)
+            self._want(names, early=early), timeout_s, self._lender(kind), lend_to, wasted_ticks=len(names)
         )
         return leases
 
-    def _want(self, names: tuple[str, ...]) -> WantLease:
-        return WantLease(names, current_holder(), self._driver.is_loading_here(threading.get_ident()))
+    def _want(self, names: tuple[str, ...], *, early: bool = False) -> WantLease:
+        return WantLease(names, current_holder(), self._driver.is_loading_here(threading.get_ident()), early)
 
     def _lender(self, kind: type[L]) -> Callable[[str, Gate, int], L]:
         site = _site() if self._with_sites else None

@@ -43,8 +43,11 @@ TAKES_WEIGHTS = ("load_state_dict", "set_extra_state", "load_adapter", "load_lor
 class Door(Protocol):
     """What a handle asks of the cache it came from."""
 
-    def acquire(self, name: str) -> Lease:
-        """A lease on the usable model; blocks until it is had. A hit must be cheap: every call comes through here."""
+    def acquire(self, name: str, *, early: bool = False) -> Lease:
+        """A lease on the usable model; blocks until it is had. A hit must be cheap: every call comes through here.
+
+        `early`: for one call of the model, which its blocks make wait for weights that are still on their way.
+        """
 
     def object_of(self, name: str) -> object:
         """The object the loader built; the same one for the whole life of the registration."""
@@ -86,7 +89,7 @@ class ModelHandle(wrapt.ObjectProxy):  # type: ignore[misc]
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Call the model under one lease."""
-        return _use(self, self.__wrapped__, args, kwargs)
+        return _use(self, self.__wrapped__, args, kwargs, early=True)
 
     def __enter__(self) -> Any:
         lease = self._self_take_lease()
@@ -110,7 +113,7 @@ class ModelHandle(wrapt.ObjectProxy):  # type: ignore[misc]
             entered[thread] = below
         lease.close()
 
-    def _self_take_lease(self) -> Lease:
+    def _self_take_lease(self, *, early: bool = False) -> Lease:
         first = self._self_first
         if first is not None:
             self._self_first = None
@@ -126,7 +129,7 @@ class ModelHandle(wrapt.ObjectProxy):  # type: ignore[misc]
                 RuntimeWarning,
                 stacklevel=4,
             )
-        return self._self_same(door.acquire(name))
+        return self._self_same(door.acquire(name, early=early))
 
     def _self_same(self, lease: Lease) -> Lease:
         """The lease itself, if it is on the object that this handle stands for."""
@@ -213,8 +216,10 @@ def _is_method(model: Any, name: str, value: Any) -> bool:
     return on_class is not value and callable(on_class)
 
 
-def _use(handle: ModelHandle, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    lease = handle._self_take_lease()
+def _use(
+    handle: ModelHandle, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, early: bool = False
+) -> Any:
+    lease = handle._self_take_lease(early=early)
     try:
         if args or kwargs:
             device = handle._self_door.execution_device(handle._self_name)

@@ -23,7 +23,7 @@ class OneModel:
         self.num_acquired = 0
         self.ready = True
 
-    def acquire(self, name: str) -> Lease:
+    def acquire(self, name: str, *, early: bool = False) -> Lease:
         tick = next(self.ticks)
         lease = Lease(name, self.gate, tick, None, self.model)
         if not self.gate.enter(tick, current_holder()):

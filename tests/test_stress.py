@@ -45,11 +45,11 @@ class OneMover(TorchMover):
     inside: dict[str, dict[object, None]]
     broken: list[str]
 
-    def move(self, move, progress=None):
+    def move(self, move, progress=None, arriving=None):
         for name, tokens in self.inside.items():
             if move.part.startswith(name) and tokens:
                 self.broken.append(f"{move.kind} of {move.part} while {name} is used")
-        return super().move(move, progress)
+        return super().move(move, progress, arriving)
 
 
 class Stress:

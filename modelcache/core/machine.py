@@ -15,6 +15,7 @@ from modelcache.core.flights import Flights
 from modelcache.core.ledger import Account, Room
 from modelcache.core.messages import (
     ArmTimer,
+    Arriving,
     Asked,
     Checked,
     CloseGate,
@@ -190,6 +191,9 @@ class Machine:
             case LoadFailed(name, generation, error):
                 if (model := self._loading(name, generation)) is not None:
                     self._load_failed(model, error)
+            case Arriving(name, generation):
+                if (part := self._moving(name, generation)) is not None and part.flight is not None:
+                    part.flight.arriving = True
             case MoveDone(name, generation, moved):
                 if (part := self._moving(name, generation)) is not None:
                     self.flights.landed(part, moved)

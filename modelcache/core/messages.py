@@ -19,11 +19,13 @@ class WantLease:
     """Leases on all of `names` at once.
 
     `holder` says who asks, so that nobody waits for itself; `inside` names the model whose loader asks, if one does.
+    `early`: the caller can start while the last segments arrive, because the data plane makes it wait for each.
     """
 
     names: tuple[str, ...]
     holder: object
     inside: str | None = None
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +153,14 @@ class LoadFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Arriving:
+    """All copies of a promotion are under way, and a forward that starts now waits for each where it needs it."""
+
+    part: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class MoveDone:
     """A move was carried out."""
 
@@ -212,6 +222,7 @@ Event = (
     | Pinned
     | LoadDone
     | LoadFailed
+    | Arriving
     | MoveDone
     | MoveKept
     | MoveFailed

@@ -77,7 +77,8 @@ TRANSITIONS: dict[tuple[State, MoveKind], frozenset[State]] = {
 class Flight:
     """One move that was decided on, with the bytes it is charged on each side.
 
-    Until `started`, it waits for the RAM that a write-back needs to be confirmed free.
+    Until `started`, it waits for the RAM that a write-back needs to be confirmed free. While it is `arriving`, a lease
+    that can start early may be granted: should it fail then, whoever has one is told by the data plane.
     """
 
     move: Move
@@ -85,6 +86,11 @@ class Flight:
     frees: Room
     ticket: int
     started: bool = False
+    arriving: bool = False
+
+    def copy(self) -> Flight:
+        """A record of its own with the same facts."""
+        return Flight(self.move, self.needs, self.frees, self.ticket, self.started, self.arriving)
 
 
 @dataclass(slots=True)
@@ -151,6 +157,12 @@ class Part:
         return self.vram == self.n if self.top is Tier.VRAM else self.ram == 0
 
     @property
+    def is_arriving(self) -> bool:
+        """The top tier has memory for every segment, and the last of them are on their way there."""
+        flight = self.flight
+        return flight is not None and flight.arriving and flight.move.after.vram == self.n
+
+    @property
     def rereadable(self) -> bool:
         """Its present bytes are on disk, so a clean copy may be dropped."""
         return self.has_image or (self.facts.readable and not self.source_stale)
@@ -194,8 +206,7 @@ class Part:
             setattr(twin, name, getattr(self, name))
         twin.models = list(self.models)
         if self.flight is not None:
-            flight = self.flight
-            twin.flight = Flight(flight.move, flight.needs, flight.frees, flight.ticket, flight.started)
+            twin.flight = self.flight.copy()
         return twin
 
 

@@ -90,7 +90,7 @@ class Wants:
         elif self._are_loaded(waiting, names):
             if not self._is_there(names, tier):
                 self._bring_up(waiting, names, tier)
-            if waiting.ticket in m.waiting and m.closing is None and self._is_there(names, tier):
+            if waiting.ticket in m.waiting and m.closing is None and self._is_usable(waiting, names, tier):
                 self._finish_up(waiting, names)
 
     def _are_loaded(self, waiting: Waiting, names: tuple[str, ...]) -> bool:
@@ -220,6 +220,20 @@ class Wants:
             return all(not part.is_cold and part.flight is None for part in m.books.parts_of(names))
         return all(m.books.is_up(m.books.models[name]) and m.is_charged(m.books.models[name]) for name in names)
 
+    def _is_usable(self, waiting: Waiting, names: tuple[str, ...], tier: Tier) -> bool:
+        """Whether what is wanted is there, or on its way for a caller who can start early."""
+        if self._is_there(names, tier):
+            return True
+        if not (isinstance(waiting.want, WantLease) and waiting.want.early):
+            return False
+        m = self._m
+        return all(
+            model.loading is Loading.LOADED
+            and m.is_charged(model)
+            and all(p.is_arriving or (p.is_up and p.flight is None) for p in m.books.parts_of((model.spec.name,)))
+            for model in (m.books.models[name] for name in names)
+        )
+
     def _bring_up(self, waiting: Waiting, names: tuple[str, ...], tier: Tier) -> None:
         """Plan for what nobody else brings up, then start every move whose room is free."""
         if waiting.claims is None and not self._plan_up(waiting, names, tier):
@@ -233,7 +247,8 @@ class Wants:
                 part.covered_by = 0  # there already, before another part of the same model
                 continue
             mine = True
-            if part.flight is None:
+            # Whoever was let in early still holds a lease on a part whose last segments then did not arrive.
+            if part.flight is None and not any(m.num_leases(model) for model in part.models):
                 m.flights.bring_up(part, waiting, tier, reason)
         for name in names:
             model = m.books.models[name]

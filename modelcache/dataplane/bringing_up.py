@@ -6,11 +6,18 @@ that step, and undone with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
 
 from modelcache.dataplane import staging
+from modelcache.dataplane.arrival import Arrival, first_early_segment
 from modelcache.dataplane.blocks import return_freed_heap
 from modelcache.dataplane.copies import Done, NewCopies, Tiers, give_up
+from modelcache.dataplane.device.protocol import Device, DeviceEvent
+from modelcache.dataplane.first_use import FirstUse
 from modelcache.dataplane.parts import Part
 from modelcache.move import Move
 
@@ -18,7 +25,7 @@ from modelcache.move import Move
 def stage(part: Part, move: Move, tiers: Tiers, tell: Callable[[int], None], then: Callable[[], None]) -> Done:
     """RAM receives tail segments."""
     segments = range(move.after.ram, move.before.ram)
-    with NewCopies(tiers, part.image) as new:
+    with NewCopies(tiers, part.image, part.ranges) as new:
         staging.fill(part, new, tiers, segments, tell)
         part.install(list(part.vram), [new.ram.get(s, copy) for s, copy in enumerate(part.ram)], then)
         new.keep()
@@ -29,6 +36,29 @@ def stage(part: Part, move: Move, tiers: Tiers, tell: Callable[[int], None], the
         # What the loader held is on the C library's heap; the system wants it back.
         return_freed_heap()
     return Done(sum(part.image.segments[s].size_bytes for s in segments))
+
+
+@dataclass(frozen=True, slots=True)
+class Early:
+    """That calls may start while segments arrive: what was recorded of every module with a tensor of the part.
+
+    Attributes:
+        uses: What was recorded.
+        roots: These modules.
+        arriving: Told when calls may start.
+    """
+
+    uses: Sequence[FirstUse]
+    roots: Sequence[torch.nn.Module]
+    arriving: Callable[[], None]
+
+    def first_segment(self, part: Part) -> int:
+        """See `first_early_segment`."""
+        return first_early_segment(part, self.uses)
+
+    def arrival(self, part: Part, device: Device, events: Mapping[int, DeviceEvent]) -> Arrival:
+        """From now on blocks wait for these events."""
+        return Arrival(part, device, events, self.uses, self.roots)
 
 
 class StrayedError(Exception):
@@ -42,16 +72,17 @@ def promote(
     tell: Callable[[int], None],
     then: Callable[[], None],
     has_strayed: Callable[[], bool],
+    early: Early | None = None,
 ) -> Done:
     """VRAM receives the segments it lacks, in order; RAM may give up head segments in the same step.
 
     Whatever takes time beside the copies is done while they are under way: `has_strayed` is asked, views are prepared,
-    and the tensors of each segment are pointed at it as soon as it has landed.
+    and the tensors of each segment are pointed at it as soon as it has landed, or when calls may start.
 
     Raises:
         StrayedError: `has_strayed` said so. Nothing was changed.
     """
-    with NewCopies(tiers, part.image) as new, part.pointed_ahead() as point_ahead:
+    with NewCopies(tiers, part.image, part.ranges) as new, part.pointed_ahead() as point_ahead:
         for segment in range(move.before.vram, move.after.vram):
             source = part.ram[segment]
             assert source is not None
@@ -59,15 +90,28 @@ def promote(
             new.copy_in(segment, source)
         if has_strayed():
             raise StrayedError
+        first_early = part.num_segments if early is None else early.first_segment(part)
         copied = 0
-        for segment, copy in new.vram.items():
-            for member in part.of_segment(segment):
-                copy.view(member.storage, member.view)
-            copied += new.land_next(tell)
-            point_ahead(segment, copy)
+        with contextlib.ExitStack() as calls:
+            for segment, copy in new.vram.items():
+                if early is not None and part.arrival is None and segment >= first_early:
+                    for later in new.under_way:
+                        point_ahead(later, new.vram[later])
+                    part.arrival = calls.enter_context(early.arrival(part, tiers.device, new.under_way))
+                    then()
+                    early.arriving()
+                for member in part.of_segment(segment):
+                    copy.laid(member)
+                copied += new.land_next(tell)
+                if part.arrival is None:
+                    point_ahead(segment, copy)
+                else:
+                    part.arrival.landed(segment)
         ram = [copy if s >= move.after.ram else None for s, copy in enumerate(part.ram)]
         gone = part.install([new.vram.get(s, copy) for s, copy in enumerate(part.vram)], ram, then)
         new.keep()
+    if part.arrival is not None:
+        part.arrival.end()
     for copy in gone:
         give_up(tiers, copy)
     return Done(copied)

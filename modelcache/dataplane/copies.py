@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol
 
 import torch
 
@@ -35,6 +36,13 @@ class Done:
     written: bool = False
 
 
+class Place(Protocol):
+    """Which view of which storage somebody reads; known by its identity."""
+
+    storage: int
+    view: View
+
+
 class Copy:
     """The bytes of one segment on one tier.
 
@@ -45,7 +53,7 @@ class Copy:
         piece: Its RAM piece; `None` on the device.
     """
 
-    __slots__ = ("_image", "_open", "_storages", "_views", "memory", "piece")
+    __slots__ = ("_image", "_laid", "_open", "_storages", "_views", "memory", "piece")
 
     def __init__(
         self,
@@ -57,6 +65,8 @@ class Copy:
         self._image, self.memory, self.piece, self._open = image, memory, piece, open_storage
         self._storages: dict[int, torch.Tensor] = {}
         self._views: dict[tuple[int, View], torch.Tensor] = {}
+        # The same views by the tensor that reads them: found without looking at shapes, which thousands of them feel.
+        self._laid: dict[Place, torch.Tensor] = {}
 
     def storage(self, index: int) -> torch.Tensor:
         """Storage `index` of the layout, flat uint8 with a torch storage of its own."""
@@ -72,15 +82,31 @@ class Copy:
             self._views[key] = view.over(self.storage(index))
         return self._views[key]
 
+    def laid(self, place: Place) -> torch.Tensor:
+        """The view that `place` names, as `view` gives it."""
+        found = self._laid.get(place)
+        if found is None:
+            found = self._laid[place] = self.view(place.storage, place.view)
+        return found
+
+    def unlay(self, place: Place) -> None:
+        """Forget what `laid` noted of a place that is no more."""
+        self._laid.pop(place, None)
+
 
 class NewCopies:
     """Copies that a move makes before it changes anything; given up, all of them, unless `keep` is called.
 
     Leaving the block waits for every copy under way first: memory is never released below one.
+
+    Args:
+        tiers: Where memory comes from.
+        image: The layout.
+        ranges: By segment, the copy in the address range that it has on the device for good; written here.
     """
 
-    def __init__(self, tiers: Tiers, image: WeightImage) -> None:
-        self._tiers, self._image = tiers, image
+    def __init__(self, tiers: Tiers, image: WeightImage, ranges: dict[int, Copy]) -> None:
+        self._tiers, self._image, self._ranges = tiers, image, ranges
         self.ram: dict[int, Copy] = {}
         self.vram: dict[int, Copy] = {}
         self._under_way: list[tuple[DeviceEvent, int]] = []
@@ -96,7 +122,11 @@ class NewCopies:
             # Whatever it failed with: only that it is over matters now.
             with contextlib.suppress(Exception):
                 event.wait()
-        for copy in self.ram.values():
+        if self.vram and getattr(self._tiers.device, "keeps_addresses", False):
+            # Calls that started early may still compute with it, and it is about to be unmapped.
+            with contextlib.suppress(Exception):
+                self._tiers.device.settle()
+        for copy in (*self.ram.values(), *self.vram.values()):
             give_up(self._tiers, copy)
         self.ram.clear()
         self.vram.clear()
@@ -112,7 +142,7 @@ class NewCopies:
 
     def add_vram(self, segment: int) -> Copy:
         """Device memory for a segment, uninitialized."""
-        self.vram[segment] = device_copy(self._tiers, self._image, segment)
+        self.vram[segment] = device_copy(self._tiers, self._image, segment, self._ranges)
         return self.vram[segment]
 
     def copy_in(self, segment: int, source: Copy) -> None:
@@ -124,6 +154,12 @@ class NewCopies:
         """Enqueue the copy of a segment from the device to RAM."""
         event = self._tiers.device.copy_out(target.memory, source.memory)
         self._under_way.append((event, source.memory.numel()))
+
+    @property
+    def under_way(self) -> dict[int, DeviceEvent]:
+        """The copies to the device that were not landed yet, by segment; for a move that copies nothing else."""
+        segments = list(self.vram)[len(self.vram) - len(self._under_way) :]
+        return {segment: event for segment, (event, _) in zip(segments, self._under_way, strict=True)}
 
     def land_next(self, tell: Callable[[int], None]) -> int:
         """Wait for the first copy under way and tell its bytes, which are returned."""
@@ -147,14 +183,28 @@ def ram_copy(tiers: Tiers, image: WeightImage, segment: int) -> Copy:
     return Copy(image, piece.memory, piece, piece.storage)
 
 
-def device_copy(tiers: Tiers, image: WeightImage, segment: int) -> Copy:
-    """A copy of a segment over new device memory."""
-    device = tiers.device
-    memory = device.allocate(image.segments[segment].size_bytes)
+def device_copy(tiers: Tiers, image: WeightImage, segment: int, ranges: dict[int, Copy]) -> Copy:
+    """A copy of a segment over device memory, in the address range that `ranges` keeps for it if the device can."""
+    device, size_bytes = tiers.device, image.segments[segment].size_bytes
+    if not getattr(device, "keeps_addresses", False):
+        return _over(device, image, device.allocate(size_bytes))
+    copy = ranges.get(segment)
+    if copy is None:
+        copy = ranges[segment] = _over(device, image, device.reserve(size_bytes))
+    device.map(copy.memory)
+    return copy
+
+
+def _over(device: Device, image: WeightImage, memory: torch.Tensor) -> Copy:
     return Copy(image, memory, None, lambda offset, size: device.storage(memory, offset, size))
 
 
 def give_up(tiers: Tiers, copy: Copy) -> None:
-    """Release a copy that no tensor of a model points at any more. Device memory goes with its last reference."""
+    """Release a copy that no tensor of a model points at any more, and that nothing reads or writes.
+
+    Device memory that was allocated goes with its last reference.
+    """
     if copy.piece is not None:
         tiers.blocks.release(copy.piece)
+    elif getattr(tiers.device, "keeps_addresses", False):
+        tiers.device.unmap(copy.memory)

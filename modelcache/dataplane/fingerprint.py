@@ -9,7 +9,7 @@ chance of about 2**-32 or less; it is no defence against somebody who looks for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
@@ -48,9 +48,25 @@ def fingerprint(memory: torch.Tensor, fetch: Callable[[int, int], torch.Tensor] 
             # A processor works in its cache; elsewhere each step costs a launch. The number is the same.
             sums += _sums_in_cache(chunk, weights) if chunk.device.type == "cpu" else _row_sums(chunk, weights)
         # Device work is enqueued first and read back once: each read-back waits for the device.
-        state = size
-        for value in torch.cat(sums).tolist() if sums else ():
-            state = _mixed((state * _GOLDEN + value) & _MASK)
+        return joined(size, torch.cat(sums).tolist() if sums else ())
+
+
+def sums_of(chunk: torch.Tensor) -> list[int]:
+    """What `joined` wants to know of some bytes in RAM that are followed by others.
+
+    Args:
+        chunk: Flat uint8, `CHUNK_BYTES` of them unless they are the last ones.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        sums = _sums_in_cache(chunk, _weights())
+        return torch.cat(sums).tolist() if sums else []
+
+
+def joined(size_bytes: int, sums: Iterable[int]) -> int:
+    """The fingerprint of so many bytes, from the sums of all their chunks in order."""
+    state = size_bytes
+    for value in sums:
+        state = _mixed((state * _GOLDEN + value) & _MASK)
     return state
 
 

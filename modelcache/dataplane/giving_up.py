@@ -36,7 +36,7 @@ def trim(part: Part, move: Move, tiers: Tiers, tell: Tell, then: Then) -> Done |
         return None
     keeps = part.on_write is OnWrite.WRITEBACK
     again = {s for s in leaving if part.ram[s] is not None and (s in part.torn or (keeps and s in dirty))}
-    with NewCopies(tiers, part.image) as new:
+    with NewCopies(tiers, part.image, part.ranges) as new:
         for segment in missing:
             new.copy_out(new.add_ram(segment), _in_vram(part, segment))
         part.torn |= again

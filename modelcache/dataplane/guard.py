@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from modelcache.errors import ModelNotResidentError
 
 
 class ResidencyGuard:
-    """A forward pre-hook of a root module: one attribute test while its parts are on the top tier, an error else."""
+    """A forward pre-hook of a root module: two attribute tests while its parts are on the top tier, an error else.
 
-    __slots__ = ("name", "resident")
+    `record` is called before a forward that is to be looked on at, with the module.
+    """
+
+    __slots__ = ("name", "record", "resident")
 
     def __init__(self, name: str, resident: bool = False) -> None:
         self.name, self.resident = name, resident
+        self.record: Callable[[torch.nn.Module], None] | None = None
 
     def __call__(self, module: torch.nn.Module, args: object) -> None:
         """Refuse the forward of a model that is away.
@@ -23,6 +29,9 @@ class ResidencyGuard:
         """
         if not self.resident:
             raise ModelNotResidentError(self.name)
+        # Asked first, so that the compiler does not even look at what follows.
+        if not torch.compiler.is_compiling() and self.record is not None:
+            self.record(module)
 
     def __reduce__(self) -> tuple[type[ResidencyGuard], tuple[str, bool]]:
         # A pickled or deep-copied module is nobody's to move.

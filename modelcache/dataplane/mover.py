@@ -26,7 +26,7 @@ from modelcache.dataplane.device.protocol import Device
 from modelcache.dataplane.drift import ends, strays, take_back
 from modelcache.dataplane.image import SEGMENT_BYTES
 from modelcache.dataplane.image_files import ImageFiles
-from modelcache.dataplane.loaded import LoadedModel
+from modelcache.dataplane.loaded import LoadedModel, first_uses
 from modelcache.dataplane.parts import Part
 from modelcache.dataplane.source import Built
 from modelcache.dataplane.taken_over import TakenOver
@@ -123,6 +123,8 @@ class TorchMover:
                     taken.undo()
                     raise
                 model.settle_in(self._device.torch_device, self._device.holds_copies)
+                if self._device.holds_copies:
+                    model.record_uses()
                 self._models[spec.name] = model
                 self._parts.update({part.id: part for part in model.parts})
         return LoadedFacts(
@@ -134,8 +136,10 @@ class TorchMover:
             whole_only=taken.whole_only,
         )
 
-    def move(self, move: Move, progress: Progress | None = None) -> Moved | KeptWritten:
-        """Carry out one move.
+    def move(
+        self, move: Move, progress: Progress | None = None, arriving: Callable[[], None] | None = None
+    ) -> Moved | KeptWritten:
+        """Carry out one move. A promotion calls `arriving` once calls may start, if they may before it is over.
 
         Raises:
             MoveError: The move failed; the part is as `move.before` says.
@@ -145,7 +149,7 @@ class TorchMover:
         part = self._part(move)
         started, allocated = self._now_s(), self._device.allocated_bytes()
         with part.lock, _plain_tensors():
-            done = self._carry_out(part, move, progress)
+            done = self._carry_out(part, move, progress, arriving)
         if done is None:
             return KeptWritten(self._now_s() - started)
         freed = max(0, allocated - self._device.allocated_bytes()) if self._device.holds_copies else None
@@ -291,7 +295,9 @@ class TorchMover:
 
     # --- moving ---
 
-    def _carry_out(self, part: Part, move: Move, progress: Progress | None) -> Done | None:
+    def _carry_out(
+        self, part: Part, move: Move, progress: Progress | None, arriving: Callable[[], None] | None
+    ) -> Done | None:
         if part.residency != move.before or not _is_sound(move):
             state = f"residency {part.residency}"
             raise InvalidTransitionError(f"part {part.id!r}", state, f"{move.kind} {move.before} -> {move.after}")
@@ -301,8 +307,11 @@ class TorchMover:
             self._settle(holders)
 
         source, target = ends(move)
+        if part.arrival is not None:
+            part.arrival.end()
+            part.arrival = None
         try:
-            done = self._run(part, move, holders, _teller(part, move, progress), then)
+            done = self._run(part, move, holders, _teller(part, move, progress), then, arriving)
             if done is None:
                 then()
         except BaseException as error:
@@ -324,12 +333,20 @@ class TorchMover:
         holders: list[LoadedModel],
         tell: Callable[[int], None],
         then: Callable[[], None],
+        arriving: Callable[[], None] | None,
     ) -> Done | None:
         if move.kind is MoveKind.PROMOTE:
+            early = None if arriving is None else _early(holders, part, arriving)
             # Nearly always nothing has strayed, which is found out while the copies are under way.
             with contextlib.suppress(bringing_up.StrayedError):
                 return bringing_up.promote(
-                    part, move, self._tiers, tell, then, lambda: move.check and any(strays(m, part) for m in holders)
+                    part,
+                    move,
+                    self._tiers,
+                    tell,
+                    then,
+                    lambda: move.check and any(strays(m, part) for m in holders),
+                    early,
                 )
         for model in holders if move.check else ():
             take_back(model, part, move)
@@ -378,6 +395,7 @@ class TorchMover:
             self._tiers.files.delete(part.file)
             part.file = None
         part.residue.clear()
+        part.ranges.clear()
         self._parts.pop(part.id, None)
 
     def _require_new(self, spec: ModelSpec) -> None:
@@ -408,6 +426,14 @@ def _plain_tensors() -> Iterator[None]:
     """Whatever mode the caller is in, tensors made inside can be written to later and have no history."""
     with torch.inference_mode(mode=False), torch.no_grad():
         yield
+
+
+def _early(holders: list[LoadedModel], part: Part, arriving: Callable[[], None]) -> bringing_up.Early | None:
+    uses = first_uses(holders, part)
+    if uses is None:
+        return None
+    roots = [root.module for model in holders for root in model.roots if part in root.parts]
+    return bringing_up.Early(uses, roots, arriving)
 
 
 def _is_sound(move: Move) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,9 @@ from modelcache.dataplane.image_files import Contents, ImageFile
 from modelcache.dataplane.source import Source
 from modelcache.move import Residency
 from modelcache.spec import OnWrite
+
+if TYPE_CHECKING:
+    from modelcache.dataplane.arrival import Arrival
 
 _STRICTNESS = {OnWrite.DISCARD: 0, OnWrite.WRITEBACK: 1, OnWrite.REFUSE: 2}
 # Bytes that the source cannot give (buffers that no file holds) stay with the skeleton up to this size, so that the
@@ -63,6 +67,8 @@ class Part:
         diverged: Writes were kept: the source does not describe the part any more, for ever.
         file: Its image file.
         residue: Storages that the source cannot give, by index.
+        ranges: By segment, the copy over its address range on a device that keeps addresses, memory below it or not.
+        arrival: Of its last promotion, if calls started during it.
     """
 
     id: str
@@ -86,6 +92,8 @@ class Part:
     diverged: bool = False
     file: ImageFile | None = None
     residue: dict[int, torch.Tensor] = field(default_factory=dict)
+    ranges: dict[int, Copy] = field(default_factory=dict)
+    arrival: Arrival | None = None
     _ahead: dict[int, Copy] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -135,6 +143,10 @@ class Part:
         """The copy whose bytes count, or `None` while the loader or the disk has them."""
         return self.vram[segment] or self.ram[segment]
 
+    def is_on_device(self, segment: int) -> bool:
+        """Whether its tensors point at the device, where a segment is or arrives."""
+        return self.vram[segment] is not None or segment in self._ahead
+
     def of_segment(self, segment: int) -> Iterator[Member]:
         """The tensors over the storages of a segment."""
         for storage in self.image.segments[segment].storages:
@@ -162,6 +174,9 @@ class Part:
             return False
         del self.members[id(member.tensor)]
         self.readers[member.storage].remove(member)
+        for copy in (*self.vram, *self.ram, *self.ranges.values()):
+            if copy is not None:
+                copy.unlay(member)
         return True
 
     def leave(self, model: str) -> None:
@@ -232,7 +247,7 @@ def point(member: Member, copy: Copy | None) -> None:
 
     The caller is outside of `inference_mode`: what is made inside it could not be written to later.
     """
-    data = _empty(member.view.dtype) if copy is None else copy.view(member.storage, member.view)
+    data = _empty(member.view.dtype) if copy is None else copy.laid(member)
     if member.tensor.is_meta:
         _swap(member.tensor, data)
     else:

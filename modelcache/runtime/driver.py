@@ -22,6 +22,7 @@ from modelcache.core.cycles import name_of
 from modelcache.core.machine import Budgets, Machine
 from modelcache.core.messages import (
     ArmTimer,
+    Arriving,
     Asked,
     Checked,
     CloseGate,
@@ -559,8 +560,9 @@ class Driver:
         link.submit(partial(self._move, move))
 
     def _move(self, move: Move) -> None:
+        arriving = Arriving(move.part, move.generation)
         try:
-            result = self._mover.move(move, self._progress)
+            result = self._mover.move(move, self._progress, partial(self._mailbox.put, arriving))
         except ModelCacheError as error:
             self._mailbox.put(MoveFailed(move.part, move.generation, error))
         except BaseException as error:  # noqa: BLE001  The worker must survive, and the books be put right.

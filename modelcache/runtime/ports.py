@@ -75,8 +75,8 @@ class Progress(Protocol):
 class Mover(Protocol):
     """The data plane: carries out one load or one move, whole or not at all.
 
-    The driver never has two calls in flight for the same part, and never moves a part that is leased. Calls for
-    different parts come from several worker threads at once. A call that raises has changed nothing: the part is
+    The driver never has two calls in flight for the same part, and never starts to move a part that is leased. Calls
+    for different parts come from several worker threads at once. A call that raises has changed nothing: the part is
     whole where it was (`MoveError`, `LoaderError` or a subclass; anything else is wrapped by the driver).
     """
 
@@ -89,8 +89,13 @@ class Mover(Protocol):
             WeightsError: A file is missing, damaged or of an unsupported kind.
         """
 
-    def move(self, move: Move, progress: Progress | None = None) -> Moved | KeptWritten:
+    def move(
+        self, move: Move, progress: Progress | None = None, arriving: Callable[[], None] | None = None
+    ) -> Moved | KeptWritten:
         """Carry out one move.
+
+        A promotion may call `arriving` once: from then on a call of the models may start, and waits for each segment
+        where it needs it. Should the move fail after that, such a call ends in a `MoveError`.
 
         Raises:
             MoveError: The move failed; the part is as `move.before` says.

@@ -187,8 +187,10 @@ class FakeMover:
         vram = part.sizes if self.top is Tier.VRAM else (0,) * part.num_segments
         return PartFacts(part.part, vram, part.sizes, sum(part.sizes), part.is_readable and not part.has_diverged)
 
-    def move(self, move: Move, progress: Progress | None = None) -> Moved | KeptWritten:
-        """Carry out one move.
+    def move(
+        self, move: Move, progress: Progress | None = None, arriving: Callable[[], None] | None = None
+    ) -> Moved | KeptWritten:
+        """Carry out one move. Calls of a `FakeModel` wait for nothing, so `arriving` is not called.
 
         Raises:
             MoveError: The move failed; the part is as `move.before` says.

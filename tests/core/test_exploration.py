@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 import pytest
 from worlds import World, part, spec
@@ -16,6 +17,10 @@ from modelcache.tier import Tier
 
 def lease(*names: str) -> WantLease:
     return WantLease(names, None)
+
+
+def early(*names: str) -> WantLease:
+    return WantLease(names, None, early=True)
 
 
 def facts(*parts, concurrency: int = 0) -> LoadedFacts:
@@ -141,6 +146,19 @@ WORLDS = {
             (lease("d"), WantDown("d", Tier.RAM, None)),
         ],
         writes=1,
+    ),
+    "calls start while the last segments arrive": lambda: World(
+        Budgets(ram=6, vram=3, check_after_s=None),
+        three_models(2),
+        [(early("a"), early("b")), (early("b"), lease("a")), (WantDown("a", Tier.RAM, None),)],
+        failures=1,
+        cancels=1,
+    ),
+    "the same with a shared part and a workspace": lambda: World(
+        Budgets(ram=6, vram=4),
+        {name: (replace(found, workspace_bytes=1), facts) for name, (found, facts) in shared().items()},
+        [(early("a"), early("c")), (early("b"), WantGone("a", None)), (early("a"),)],
+        failures=1,
     ),
     "host only": lambda: World(
         Budgets(ram=4, top=Tier.RAM),
