@@ -34,7 +34,7 @@ def first_early_segment(part: Part, uses: Iterable[FirstUse]) -> int:
         uncovered |= use.tensors - use.readers.keys()
     covered = seen - uncovered
     for segment in reversed(range(part.num_segments)):
-        if not all(id(member.tensor) in covered for member in part.of_segment(segment)):
+        if not all(id(member.tensor) in covered for member in part.members_of(segment)):
             return segment + 1
     return 0
 
@@ -66,7 +66,7 @@ class Arrival:
         last: dict[torch.nn.Module, int] = {}
         for use in uses:
             for segment in self._events:
-                for member in part.of_segment(segment):
+                for member in part.members_of(segment):
                     for block in use.readers.get(id(member.tensor), ()):
                         last[block] = max(segment, last.get(block, 0))
         self._hooks = [

@@ -100,8 +100,7 @@ def promote(
                     part.arrival = calls.enter_context(early.arrival(part, tiers.device, new.under_way))
                     then()
                     early.arriving()
-                for member in part.of_segment(segment):
-                    copy.laid(member)
+                copy.laid(part.members_of(segment))
                 copied += new.land_next(tell)
                 if part.arrival is None:
                     point_ahead(segment, copy)

@@ -6,7 +6,7 @@ Not here: when a copy is made or given up. `NewCopies` is how a move builds ever
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
@@ -37,7 +37,7 @@ class Done:
 
 
 class Place(Protocol):
-    """Which view of which storage somebody reads; known by its identity."""
+    """Which view of which storage somebody reads."""
 
     storage: int
     view: View
@@ -65,8 +65,7 @@ class Copy:
         self._image, self.memory, self.piece, self._open = image, memory, piece, open_storage
         self._storages: dict[int, torch.Tensor] = {}
         self._views: dict[tuple[int, View], torch.Tensor] = {}
-        # The same views by the tensor that reads them: found without looking at shapes, which thousands of them feel.
-        self._laid: dict[Place, torch.Tensor] = {}
+        self._laid: tuple[Sequence[Place], list[torch.Tensor]] = ((), [])
 
     def storage(self, index: int) -> torch.Tensor:
         """Storage `index` of the layout, flat uint8 with a torch storage of its own."""
@@ -82,16 +81,15 @@ class Copy:
             self._views[key] = view.over(self.storage(index))
         return self._views[key]
 
-    def laid(self, place: Place) -> torch.Tensor:
-        """The view that `place` names, as `view` gives it."""
-        found = self._laid.get(place)
-        if found is None:
-            found = self._laid[place] = self.view(place.storage, place.view)
-        return found
+    def laid(self, places: Sequence[Place]) -> list[torch.Tensor]:
+        """The views that these places name, one for each; the same list for the same sequence."""
+        if self._laid[0] is not places:
+            self._laid = (places, [self.view(place.storage, place.view) for place in places])
+        return self._laid[1]
 
-    def unlay(self, place: Place) -> None:
-        """Forget what `laid` noted of a place that is no more."""
-        self._laid.pop(place, None)
+    def unlay(self) -> None:
+        """Forget the places `laid` was last asked for: one of them is no more."""
+        self._laid = ((), [])
 
 
 class NewCopies:

@@ -95,12 +95,15 @@ class Part:
     ranges: dict[int, Copy] = field(default_factory=dict)
     arrival: Arrival | None = None
     _ahead: dict[int, Copy] = field(default_factory=dict)
+    _members: list[tuple[Member, ...] | None] = field(default_factory=list)
+    _tensors: list[list[torch.Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         n = len(self.image.segments)
         self.vram, self.ram = [None] * n, [None] * n
         self.with_loader, self.original, self.reference = [True] * n, [None] * n, [None] * n
         self.readers = [[] for _ in self.names]
+        self._members, self._tensors = [None] * n, [[] for _ in range(n)]
         offered = frozenset() if self.source is None else self.source.names()
         self.given = tuple(_given(names, offered) for names in self.names)
         rest = sum(place.size_bytes for i, place in enumerate(self.image.storages) if not self.gives(i))
@@ -147,10 +150,21 @@ class Part:
         """Whether its tensors point at the device, where a segment is or arrives."""
         return self.vram[segment] is not None or segment in self._ahead
 
-    def of_segment(self, segment: int) -> Iterator[Member]:
-        """The tensors over the storages of a segment."""
-        for storage in self.image.segments[segment].storages:
-            yield from self.readers[storage]
+    def members_of(self, segment: int) -> tuple[Member, ...]:
+        """The tensors over the storages of a segment; the same tuple while they are the same."""
+        known = self._members[segment]
+        if known is None:
+            storages = self.image.segments[segment].storages
+            known = self._members[segment] = tuple(each for storage in storages for each in self.readers[storage])
+            self._tensors[segment] = [member.tensor for member in known]
+        return known
+
+    def _forget_members(self, storage: int) -> None:
+        segment = self.image.storages[storage].segment
+        self._members[segment], self._tensors[segment] = None, []
+        for copy in (self.vram[segment], self.ram[segment], self.ranges.get(segment)):
+            if copy is not None:
+                copy.unlay()
 
     @property
     def needs_file(self) -> bool:
@@ -164,6 +178,7 @@ class Part:
         if known is None:
             self.members[id(member.tensor)] = member
             self.readers[member.storage].append(member)
+            self._forget_members(member.storage)
         else:
             known.holders |= member.holders
 
@@ -174,9 +189,7 @@ class Part:
             return False
         del self.members[id(member.tensor)]
         self.readers[member.storage].remove(member)
-        for copy in (*self.vram, *self.ram, *self.ranges.values()):
-            if copy is not None:
-                copy.unlay(member)
+        self._forget_members(member.storage)
         return True
 
     def leave(self, model: str) -> None:
@@ -212,8 +225,7 @@ class Part:
 
         def point_ahead(segment: int, copy: Copy) -> None:
             self._ahead[segment] = copy
-            for member in self.of_segment(segment):
-                point(member, copy)
+            self._point_segment(segment, copy)
 
         try:
             yield point_ahead
@@ -228,10 +240,21 @@ class Part:
     def _point(self, segments: list[int]) -> None:
         for segment in segments:
             copy = self.counts(segment)
-            if copy is None and self.with_loader[segment]:
-                continue
-            for member in self.of_segment(segment):
-                point(member, copy)
+            if copy is not None or not self.with_loader[segment]:
+                self._point_segment(segment, copy)
+
+    def _point_segment(self, segment: int, copy: Copy | None) -> None:
+        members = self.members_of(segment)
+        if copy is not None:
+            try:
+                for tensor, data in zip(self._tensors[segment], copy.laid(members), strict=True):
+                    tensor.data = data
+            except RuntimeError:
+                pass  # at least one is on meta
+            else:
+                return
+        for member in members:
+            point(member, copy)
 
 
 def _given(names: Mapping[str, View], offered: frozenset[str]) -> dict[str, View]:
@@ -247,7 +270,7 @@ def point(member: Member, copy: Copy | None) -> None:
 
     The caller is outside of `inference_mode`: what is made inside it could not be written to later.
     """
-    data = _empty(member.view.dtype) if copy is None else copy.laid(member)
+    data = _empty(member.view.dtype) if copy is None else copy.view(member.storage, member.view)
     if member.tensor.is_meta:
         _swap(member.tensor, data)
     else:

@@ -41,7 +41,7 @@ def fill(part: Part, new: NewCopies, tiers: Tiers, segments: Sequence[int], tell
         MoveError: Nothing holds the bytes.
     """
     from_disk = [s for s in segments if not part.with_loader[s]]
-    from_meta = [s for s in segments if part.with_loader[s] and any(m.tensor.is_meta for m in part.of_segment(s))]
+    from_meta = [s for s in segments if part.with_loader[s] and any(m.tensor.is_meta for m in part.members_of(s))]
     for segment in [*from_disk, *from_meta]:
         new.add_ram(segment)
     if from_disk:
