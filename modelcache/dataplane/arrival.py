@@ -1,16 +1,18 @@
 """A promotion that calls need not wait for: each block of a model waits for its own segments.
 
-The segments that `first_use` cannot answer for land first. From then on a forward may run: before each block, a hook
-makes the compute of its thread wait for the last of the block's segments. Copies land in order, so one wait is enough.
+The segments that `first_use` cannot answer for land first, wherever they lie. From then on a forward may run: before
+each block, a hook makes the compute of its thread wait for the last of the block's segments. Copies land in order, so
+one wait is enough.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from threading import Lock
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,9 +21,12 @@ from modelcache.dataplane.first_use import FirstUse
 from modelcache.dataplane.parts import Part
 from modelcache.errors import MoveError
 
+if TYPE_CHECKING:
+    from modelcache.dataplane.loaded import Root
 
-def first_early_segment(part: Part, uses: Iterable[FirstUse]) -> int:
-    """From which segment on all tensors are read by blocks alone, which can wait; the number of segments if none.
+
+def must_land_first(part: Part, uses: Iterable[FirstUse]) -> frozenset[int]:
+    """The segments with a tensor that no block answers for.
 
     Args:
         part: What is promoted.
@@ -33,23 +38,24 @@ def first_early_segment(part: Part, uses: Iterable[FirstUse]) -> int:
         seen |= use.readers.keys()
         uncovered |= use.tensors - use.readers.keys()
     covered = seen - uncovered
-    for segment in reversed(range(part.num_segments)):
-        if not all(id(member.tensor) in covered for member in part.members_of(segment)):
-            return segment + 1
-    return 0
+    return frozenset(
+        segment
+        for segment in range(part.num_segments)
+        if not all(id(member.tensor) in covered for member in part.members_of(segment))
+    )
 
 
 class Arrival:
     """The segments of one part that are still on their way, and the hooks that make blocks wait for them.
 
-    Ended by whatever moves the part next. Its lock guards `_error`, and whether hooks still may wait.
+    Ended by whatever moves the part next. Its lock guards `_problem`.
 
     Args:
         part: What is promoted.
         device: Where to.
-        events: Of the copies under way, by segment.
+        events: Of the copies under way, by segment, in the order in which they land.
         uses: Of every root module that has a tensor of the part.
-        roots: The modules whose `state_dict` waits for everything.
+        roots: These modules; their `state_dict` waits for everything.
     """
 
     def __init__(
@@ -58,23 +64,23 @@ class Arrival:
         device: Device,
         events: Mapping[int, DeviceEvent],
         uses: Iterable[FirstUse],
-        roots: Iterable[torch.nn.Module],
+        roots: Sequence[Root],
     ) -> None:
         self._part, self._device, self._events = part, device, dict(events)
         self._lock = Lock()
-        self._error: BaseException | None = None
+        self._problem = ""
+        self._guards = [root.guard for root in roots]
         last: dict[torch.nn.Module, int] = {}
         for use in uses:
             for segment in self._events:
                 for member in part.members_of(segment):
-                    for block in use.readers.get(id(member.tensor), ()):
-                        last[block] = max(segment, last.get(block, 0))
+                    last.update(dict.fromkeys(use.readers.get(id(member.tensor), ()), segment))
         self._hooks = [
             block.register_forward_pre_hook(partial(self._let_wait, segment), prepend=True)
             for block, segment in last.items()
         ]
         self._hooks += [
-            root.register_state_dict_pre_hook(self._wait_for_all)  # type: ignore[no-untyped-call]
+            root.module.register_state_dict_pre_hook(self._wait_for_all)  # type: ignore[no-untyped-call]
             for root in roots
         ]
 
@@ -87,14 +93,19 @@ class Arrival:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """If the promotion failed, every hook raises that from now on, until `end`."""
-        with self._lock:
-            self._error = error
+        if error is not None:
+            with self._lock:
+                self._problem = f"{type(error).__name__}: {error}"
+            for guard in self._guards:
+                guard.problem = self._problem
 
     def end(self) -> None:
         """Take the hooks off. Idempotent."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        for guard in self._guards:
+            guard.problem = ""
 
     def _let_wait(self, segment: int, block: torch.nn.Module, args: object) -> None:
         with self._lock:
@@ -106,7 +117,7 @@ class Arrival:
             try:
                 event.wait()
             except Exception as error:
-                raise self._moved_wrong(error) from error
+                raise self._moved_wrong(f"{type(error).__name__}: {error}") from error
         else:
             self._device.let_compute_wait(event)
 
@@ -117,8 +128,8 @@ class Arrival:
                 event.wait()
 
     def _require_sound(self) -> None:
-        if self._error is not None:
-            raise self._moved_wrong(self._error) from self._error
+        if self._problem:
+            raise self._moved_wrong(self._problem)
 
-    def _moved_wrong(self, error: BaseException) -> MoveError:
-        return MoveError(self._part.model, "ram", "vram", f"{type(error).__name__}: {error}")
+    def _moved_wrong(self, problem: str) -> MoveError:
+        return MoveError(self._part.model, "ram", "vram", problem)

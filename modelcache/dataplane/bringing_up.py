@@ -10,14 +10,13 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from modelcache.dataplane import staging
-from modelcache.dataplane.arrival import Arrival, first_early_segment
+from modelcache.dataplane.arrival import Arrival, must_land_first
 from modelcache.dataplane.blocks import return_freed_heap
 from modelcache.dataplane.copies import Done, NewCopies, Tiers, give_up
 from modelcache.dataplane.device.protocol import Device, DeviceEvent
 from modelcache.dataplane.first_use import FirstUse
+from modelcache.dataplane.loaded import Root
 from modelcache.dataplane.parts import Part
 from modelcache.move import Move
 
@@ -49,12 +48,12 @@ class Early:
     """
 
     uses: Sequence[FirstUse]
-    roots: Sequence[torch.nn.Module]
+    roots: Sequence[Root]
     arriving: Callable[[], None]
 
-    def first_segment(self, part: Part) -> int:
-        """See `first_early_segment`."""
-        return first_early_segment(part, self.uses)
+    def must_land_first(self, part: Part) -> frozenset[int]:
+        """The segments with a tensor that no block answers for."""
+        return must_land_first(part, self.uses)
 
     def arrival(self, part: Part, device: Device, events: Mapping[int, DeviceEvent]) -> Arrival:
         """From now on blocks wait for these events."""
@@ -83,18 +82,20 @@ def promote(
         StrayedError: `has_strayed` said so. Nothing was changed.
     """
     with NewCopies(tiers, part.image, part.ranges) as new, part.pointed_ahead() as point_ahead:
-        for segment in range(move.before.vram, move.after.vram):
+        coming = range(move.before.vram, move.after.vram)
+        first = frozenset(coming) if early is None else early.must_land_first(part)
+        # Sorting is stable: otherwise they come in order.
+        for segment in sorted(coming, key=lambda s: s not in first):
             source = part.ram[segment]
             assert source is not None
             new.add_vram(segment)
             new.copy_in(segment, source)
         if has_strayed():
             raise StrayedError
-        first_early = part.num_segments if early is None else early.first_segment(part)
         copied = 0
         with contextlib.ExitStack() as calls:
             for segment, copy in new.vram.items():
-                if early is not None and part.arrival is None and segment >= first_early:
+                if early is not None and part.arrival is None and segment not in first:
                     for later in new.under_way:
                         point_ahead(later, new.vram[later])
                     part.arrival = calls.enter_context(early.arrival(part, tiers.device, new.under_way))

@@ -60,7 +60,7 @@ class Recorder:
             )
         ]
         self._hooks.append(root.register_forward_hook(self._end, always_call=True))
-        self._sightings.__enter__()
+        self._sightings.__enter__()  # type: ignore[no-untyped-call]
 
     def _enter(self, block: torch.nn.Module, args: object) -> None:
         if get_ident() == self._thread:

@@ -432,7 +432,7 @@ def _early(holders: list[LoadedModel], part: Part, arriving: Callable[[], None])
     uses = first_uses(holders, part)
     if uses is None:
         return None
-    roots = [root.module for model in holders for root in model.roots if part in root.parts]
+    roots = [root for model in holders for root in model.roots if part in root.parts]
     return bringing_up.Early(uses, roots, arriving)
 
 
