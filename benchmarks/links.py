@@ -1,10 +1,11 @@
-"""What a switch costs beside the copy: promotion, giving up, and both, on the simulated device's link of 8 GB/s.
+"""What a switch costs beside the copy: promotion, giving up, both, and a first forward, on a simulated link of 8 GB/s.
 
     python benchmarks/links.py
     python benchmarks/links.py --write links_NAME
 
 The reference is one flat copy of the same bytes over the same kind of link, taken in turn with ours. The victim of a
-switch was looked at for writes beforehand, as it is when it has not been used for a moment.
+switch was looked at for writes beforehand, as it is when it has not been used for a moment. Compute is simulated: it
+takes time and no CPU.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from modelcache.testing import SimulatedDevice
 LINK_BYTES_PER_S = 8e9
 MB, GB = 1_000_000, 1_000_000_000
 ROUNDS = 7
+NUM_BLOCKS = 48
 UNUSED_S = 0.3  # after which the look has begun
 
 
@@ -128,12 +130,71 @@ def switches(size_bytes: int, num_tensors: int) -> list[Figure]:
     ]
 
 
+class Stack(torch.nn.Module):
+    """Blocks of equal weights, each of which computes for `block_s` seconds."""
+
+    block_s = 0.0
+
+    def __init__(self, size_bytes: int) -> None:
+        super().__init__()
+        rows = size_bytes // NUM_BLOCKS // 4
+        self.blocks = torch.nn.ModuleList(Block(self, rows) for _ in range(NUM_BLOCKS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Block(torch.nn.Module):
+    def __init__(self, stack: Stack, rows: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(rows), requires_grad=False)
+        self.stack = [stack]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.weight[-1:]
+        if self.stack[0].block_s:
+            threading.Event().wait(self.stack[0].block_s)
+        return x
+
+
+def first_forwards(size_bytes: int) -> list[Figure]:
+    """A call of a model that is parked, where another one must give way: copy and compute together."""
+    figures = []
+    with flat(size_bytes) as copy, cache_of(int(size_bytes * 1.2), int(size_bytes * 2.4)) as cache:
+        x, handles = torch.zeros(1), {}
+        for name in "ab":
+            cache.register(name, lambda: Stack(size_bytes))
+            handles[name] = cache.get(name)
+            handles[name](x)
+        copy_s = copy()
+        for share in (0.3, 0.6, 1.0):
+            ours, floors, flats = [], [], []
+            for handle in handles.values():
+                handle.__wrapped__.block_s = share * copy_s / NUM_BLOCKS
+            for name in "abababab":
+                until_looked_at(cache)
+                flats.append(copy())
+                began = time.perf_counter()
+                answer = handles[name](x)
+                ours.append(time.perf_counter() - began)
+                assert answer.item() == NUM_BLOCKS
+                began = time.perf_counter()
+                handles[name](x)
+                floors.append(max(flats[-1], time.perf_counter() - began))
+            what = f"first forward after a switch to {size_bytes / GB:g} GB, computing {share:g} x the copy"
+            figures.append(figure(what, ours, floors, 1.05, "the longer of copy and compute"))
+    return figures
+
+
 def measure() -> list[Figure]:
     torch.set_grad_enabled(False)
     return [
         *promotions(200 * MB, 3000, 1.10),
         *promotions(2 * GB, 3000, 1.05),
         *switches(500 * MB, 300),
+        *first_forwards(2 * GB),
     ]
 
 

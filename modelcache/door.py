@@ -14,11 +14,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from modelcache.core.messages import Want, WantLease
+from modelcache.core.messages import Want, WantCopy, WantLease
 from modelcache.errors import CacheClosedError, ForkedCacheError, UnknownModelError
 from modelcache.lease import FirstUseLease, Lease, Leases, current_holder
 from modelcache.runtime.driver import Driver
 from modelcache.runtime.gate import Gate
+from modelcache.tier import Tier
 
 L = TypeVar("L", bound=Lease)
 #: How long `get` keeps a model in place for its first use.
@@ -126,9 +127,15 @@ class FrontDoor:
         """A lease that ends by itself if nobody takes it over."""
         lease = self._enter(self.entry(name), FirstUseLease, None)
         if lease is None:
-            (lease,) = self._ask((name,), timeout_s, FirstUseLease, None)
+            # Its first use may be a call, which can start early; any other use waits, see `settle`.
+            (lease,) = self._ask((name,), timeout_s, FirstUseLease, None, early=True)
         self.limit_first_use(lease)
         return lease
+
+    def settle(self, name: str) -> None:
+        """Wait until the last weights of a model that is on its way are there; no-op otherwise, and once closed."""
+        if not self.is_ready(name) and name in self.entries and self.refusal() is None:
+            self._driver.ask(WantCopy(name, Tier.VRAM))
 
     def limit_first_use(self, lease: FirstUseLease) -> None:
         """Let it end after its time. The timer does not keep it alive: collected, it ends at once."""

@@ -49,6 +49,9 @@ class Door(Protocol):
         `early`: for one call of the model, which its blocks make wait for weights that are still on their way.
         """
 
+    def settle(self, name: str) -> None:
+        """Wait until the last weights of a model that is on its way are there."""
+
     def object_of(self, name: str) -> object:
         """The object the loader built; the same one for the whole life of the registration."""
 
@@ -115,12 +118,14 @@ class ModelHandle(wrapt.ObjectProxy):  # type: ignore[misc]
 
     def _self_take_lease(self, *, early: bool = False) -> Lease:
         first = self._self_first
+        name, door = self._self_name, self._self_door
         if first is not None:
             self._self_first = None
+            if not early:
+                door.settle(name)
             lease = first.take_over(current_holder())
             if lease is not None:
                 return self._self_same(lease)
-        name, door = self._self_name, self._self_door
         if running_loop() is not None and not self._self_has_warned and not door.is_ready(name):
             self._self_has_warned = True
             warnings.warn(
@@ -143,6 +148,8 @@ class ModelHandle(wrapt.ObjectProxy):  # type: ignore[misc]
     def __getattr__(self, name: str) -> Any:
         if name == "device":
             return self._self_door.execution_device(self._self_name)
+        if self._self_first is not None:
+            self._self_door.settle(self._self_name)
         model = self.__wrapped__
         value = getattr(model, name)
         if value is model:
@@ -185,6 +192,8 @@ class ModelHandle(wrapt.ObjectProxy):  # type: ignore[misc]
 def unwrap(model: T) -> T:
     """The raw object behind a handle, without a lease; anything else as it is."""
     if isinstance(model, ModelHandle):
+        if model._self_first is not None:
+            model._self_door.settle(model._self_name)
         raw: T = model.__wrapped__
         return raw
     return model

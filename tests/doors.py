@@ -31,6 +31,9 @@ class OneModel:
         self.num_acquired += 1
         return lease
 
+    def settle(self, name: str) -> None:
+        pass
+
     def object_of(self, name: str) -> object:
         return self.model
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
-from modelcache import ModelCache
+from modelcache import ModelCache, unwrap
 from modelcache.core.messages import Arriving
 from modelcache.errors import MoveError
 from modelcache.testing import Faults, SimulatedDevice
@@ -115,6 +115,49 @@ def test_a_block_and_a_get_wait_for_the_last_segment(watched):
                 whole = scene.cache._driver.look(lambda m: [p.state.value for p in m.books.parts.values()])
                 assert "promoting" not in whole
     assert torch.allclose(ask(handle).cpu(), first, atol=1e-5)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_call_is_let_in_while_copies_are_under_way(watched, held):
+    scene = watched(encoder, link_bytes_per_s=None)
+    ask = CASES["encoder"][1]
+    with torch.no_grad():
+        handle = scene.cache.get("model")
+        first = ask(handle).cpu()
+        with scene.cache.get("other"):
+            pass
+        answers = []
+
+        def call() -> None:
+            with torch.no_grad():
+                answers.append(ask(handle if held else scene.cache.get("model")).cpu())
+
+        with scene.faults.hold("copy_in", nth=3) as hold:
+            caller = threading.Thread(target=call)
+            caller.start()
+            assert hold.wait_reached(10)
+            while not scene.cache._driver.gates["model"].num_leases:
+                caller.join(0.001)
+            (is_arriving,) = scene.cache._driver.look(lambda m: [p.is_arriving for p in m.books.parts_of(["model"])])
+            assert is_arriving
+            scene.cache._driver.look(lambda machine: machine.validate())
+        caller.join()
+        assert torch.allclose(answers[0], first, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "read", [lambda handle: handle.layers, unwrap, lambda handle: handle.state_dict(), lambda handle: handle.eval()]
+)
+def test_whatever_else_is_done_with_a_new_handle_waits_for_the_last_segment(watched, read):
+    scene = watched(encoder)
+    with torch.no_grad():
+        CASES["encoder"][1](scene.cache.get("model"))
+        with scene.cache.get("other"):
+            pass
+        handle = scene.cache.get("model")
+        read(handle)
+        assert scene.cache._driver.look(lambda m: [p.flight for p in m.books.parts_of(["model"])]) == [None]
+    assert len(scene.arrivals) == 1
 
 
 def test_a_copy_that_fails_under_a_call_is_its_error_and_the_next_call_brings_the_model_back(watched):
