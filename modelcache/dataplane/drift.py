@@ -13,6 +13,7 @@ import torch
 from modelcache.dataplane.inventory import Slot, walk
 from modelcache.dataplane.loaded import LoadedModel
 from modelcache.dataplane.parts import Member, Part, point
+from modelcache.dataplane.structure import Structure
 from modelcache.errors import MoveError
 from modelcache.move import Move
 
@@ -51,16 +52,47 @@ def take_back(model: LoadedModel, part: Part, move: Move) -> None:
 def strays(model: LoadedModel, part: Part) -> bool:
     """Whether anything of a model is not as it was laid out, as far as it lies in `part`. Changes nothing."""
     with model.lock:
-        on = model.dispatch if model.dispatch is not None and model.dispatch.is_on else None
-        if on is not None and on.has_foreign():
+        if _has_other_tensors(model):
             return True
-        mapped = set() if on is None else {id(each.tensor) for each in on.mapped}
-        present = {id(slot.tensor) for slot in walk(model.modules).slots if on is None or not slot.tensor.is_meta}
-        known = {id(tensor) for tensor in model.names.values()}
-        if not known - mapped <= present <= known:
-            return True
-    members = list(part.members.values())
-    return any(model.spec.name in member.holders and _strayed(part, member) for member in members)
+    return any(
+        _strayed(part, member)
+        for segment in range(part.num_segments)
+        if not _are_in_place(part, segment)
+        for member in part.members_of(segment)
+        if model.spec.name in member.holders
+    )
+
+
+def _has_other_tensors(model: LoadedModel) -> bool:
+    if model.structure is not None and model.structure.is_same():
+        return False
+    on = model.dispatch if model.dispatch is not None and model.dispatch.is_on else None
+    if on is not None and on.has_foreign():
+        return True
+    mapped = set() if on is None else {id(each.tensor) for each in on.mapped}
+    present = {id(slot.tensor) for slot in walk(model.modules).slots if on is None or not slot.tensor.is_meta}
+    known = {id(tensor) for tensor in model.names.values()}
+    if not known - mapped <= present <= known:
+        return True
+    is_plain = on is None and not model.wrappers
+    model.structure = Structure.of(model.modules.values()) if is_plain else None
+    return False
+
+
+def _are_in_place(part: Part, segment: int) -> bool:
+    """Whether every tensor of a segment is as it was laid over the copy that counts; `_strayed` for many at once."""
+    copy = part.counts(segment)
+    if copy is None:
+        return False
+    members = part.members_of(segment)
+    return all(
+        tensor.data_ptr() == view.data_ptr()
+        and tensor.dtype is view.dtype
+        and tensor.shape == view.shape
+        and tensor.stride() == view.stride()
+        and tensor.device == view.device
+        for tensor, view in zip((member.tensor for member in members), copy.laid(members), strict=True)
+    )
 
 
 def _adopt_exchanged(model: LoadedModel, part: Part, move: Move) -> None:
@@ -72,6 +104,7 @@ def _adopt_exchanged(model: LoadedModel, part: Part, move: Move) -> None:
         else:
             _adopt(model, part, old, slot)
     model.names = {slot.name: slot.tensor for slot in found.slots} | waiting
+    model.structure = None
     model.wrappers = found.wrappers
 
 

@@ -16,6 +16,7 @@ from modelcache.dataplane.first_use import FirstUse, Recorder, can_be_recorded
 from modelcache.dataplane.guard import ResidencyGuard
 from modelcache.dataplane.inventory import Slot, Walk, Wrapper, slots_of
 from modelcache.dataplane.parts import Part
+from modelcache.dataplane.structure import Structure
 from modelcache.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -66,9 +67,10 @@ class LoadedModel:
         idea: Where the object believed to be when it was loaded.
         roots: Its modules with their guards.
         dispatch: The form in which it runs with its offloaded parts in RAM.
-        lock: Guards `names`, `wrappers`, `empties`, `device`, `dispatch` and the guards' flags. Taken below the lock of
-            a part, never the other way round.
+        lock: Guards `names`, `wrappers`, `empties`, `device`, `dispatch`, `structure` and the guards' flags. Taken
+            below the lock of a part, never the other way round.
         device: Where the object was last told that it is.
+        structure: What its modules held when they were last found to hold `names`; `None` if not known.
     """
 
     spec: ModelSpec
@@ -83,6 +85,7 @@ class LoadedModel:
     dispatch: Dispatch | None = None
     roots: list[Root] = field(default_factory=list)
     device: torch.device | None = None
+    structure: Structure | None = None
 
     def guard(self, found: Walk) -> None:
         """Put a guard on every root module; nothing is resident yet."""
