@@ -1,37 +1,67 @@
 """What every device that holds copies must do, whatever it is made of."""
 
 import gc
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from modelcache.dataplane.device import open_device
+from modelcache.dataplane.device.alias import view_over
 from modelcache.dataplane.device.protocol import Device
+from modelcache.errors import DevicePoisonedError
 
 MIB = 1 << 20
 
 
-def the_simulated_device():
-    return open_device("simulated", capacity_bytes=256 * MIB, link_bytes_per_s=None, rounding="512")
+def the_simulated_device(memory):
+    return open_device(
+        "simulated", memory=memory, capacity_bytes=256 * MIB, link_bytes_per_s=None, rounding="512", poison=True
+    )
 
 
-def the_cuda_device():
+def the_cuda_device(memory):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
-    return open_device("cuda:0")
+    return open_device("cuda:0", memory=memory)
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(the_simulated_device, id="simulated"),
-        pytest.param(the_cuda_device, id="cuda", marks=pytest.mark.gpu),
+def opened(*memories):
+    return [
+        param
+        for memory in memories
+        for param in (
+            pytest.param((the_simulated_device, memory), id=f"simulated-{memory}"),
+            pytest.param((the_cuda_device, memory), id=f"cuda-{memory}", marks=pytest.mark.gpu),
+        )
     ]
-)
+
+
+@pytest.fixture(params=opened("allocated", "mapped"))
 def device(request):
-    opened = request.param()
-    yield opened
-    opened.close()
+    make, memory = request.param
+    device = make(memory)
+    yield device
+    device.close()
+
+
+@pytest.fixture(params=opened("mapped"))
+def mapping(request):
+    make, memory = request.param
+    device = make(memory)
+    yield device
+    device.close()
+
+
+@pytest.fixture(params=opened("allocated"))
+def allocating(request):
+    make, memory = request.param
+    device = make(memory)
+    yield device
+    device.close()
 
 
 def pattern(size, seed=0):
@@ -79,6 +109,59 @@ def test_a_closed_device_refuses_and_closing_twice_is_fine(device):
     with pytest.raises(RuntimeError, match="closed"):
         device.copy_in(memory, block)
     assert torch.equal(memory.cpu(), block)
+
+
+def test_without_kept_addresses_ranges_are_refused_in_words(allocating):
+    assert not allocating.keeps_addresses
+    memory = allocating.allocate(1024)
+    for call in (lambda: allocating.reserve(1024), lambda: allocating.map(memory), lambda: allocating.unmap(memory)):
+        with pytest.raises(RuntimeError, match="memory='mapped'"):
+            call()
+
+
+def test_mapping_is_refused_for_what_is_mapped_and_for_what_is_no_whole_range(mapping):
+    memory = mapping.reserve(2 * MIB)
+    mapping.map(memory)
+    before = mapping.allocated_bytes()
+    with pytest.raises(ValueError, match="mapped already"):
+        mapping.map(memory)
+    others = (memory[:MIB], memory[MIB:], mapping.allocate(2 * MIB), torch.zeros(2 * MIB, dtype=torch.uint8))
+    for other in others:
+        with pytest.raises(ValueError, match="not a whole range"):
+            mapping.map(other)
+        with pytest.raises(ValueError, match="not a whole range"):
+            mapping.unmap(other)
+    with pytest.raises(ValueError, match="uint8"):
+        mapping.map(memory.view(torch.float32))
+    del others, other
+    assert mapping.allocated_bytes() == before
+    mapping.copy_in(memory, pattern(2 * MIB)).wait()
+    assert torch.equal(memory.cpu(), pattern(2 * MIB))
+
+
+def test_mapping_more_than_there_is_takes_nothing(mapping):
+    before = mapping.allocated_bytes()
+    memory = mapping.reserve(too_much(mapping))
+    with pytest.raises(torch.OutOfMemoryError):
+        mapping.map(memory)
+    assert mapping.allocated_bytes() == before
+    mapping.unmap(memory)
+    small = mapping.reserve(MIB)
+    mapping.map(small)
+    assert mapping.allocated_bytes() - before == mapping.charge_bytes(MIB)
+
+
+def test_a_closed_device_maps_nothing_and_leaves_what_is_mapped(mapping):
+    memory, idle = mapping.reserve(MIB), mapping.reserve(MIB)
+    mapping.map(memory)
+    mapping.copy_in(memory, pattern(MIB)).wait()
+    mapping.close()
+    for call in (lambda: mapping.map(idle), lambda: mapping.reserve(MIB)):
+        with pytest.raises(RuntimeError, match="closed"):
+            call()
+    assert torch.equal(memory.cpu(), pattern(MIB))
+    mapping.unmap(memory)
+    mapping.unmap(idle)
 
 
 def test_it_says_where_resident_tensors_are(device):
@@ -275,3 +358,179 @@ def test_many_threads_allocate_copy_and_compute_at_once(device):
     device.settle()
     assert failures == []
     assert device.allocated_bytes() == before
+
+
+# --- kept addresses ---
+
+
+def test_a_range_charges_nothing_until_memory_is_mapped_and_nothing_again_after(mapping):
+    assert mapping.keeps_addresses
+    before = mapping.allocated_bytes()
+    memory = mapping.reserve(3 * MIB + 7)
+    assert (memory.dtype, tuple(memory.shape), memory.device) == (torch.uint8, (3 * MIB + 7,), mapping.torch_device)
+    assert mapping.allocated_bytes() == before
+    for _ in range(3):
+        mapping.map(memory)
+        assert mapping.allocated_bytes() - before == mapping.charge_bytes(3 * MIB + 7) >= 3 * MIB + 7
+        mapping.unmap(memory)
+        assert mapping.allocated_bytes() == before
+
+
+def test_views_made_before_mapping_stay_where_they_are_and_read_what_was_copied_in(mapping):
+    memory = mapping.reserve(4 * MIB)
+    piece = mapping.storage(memory, 512, 4096)
+    view = view_over(memory, 512, torch.int16, (16, 128), (128, 1))
+    weight = torch.nn.Parameter(torch.zeros(0), requires_grad=False)
+    weight.data = piece.view(torch.float32)
+    addresses = [tensor.data_ptr() for tensor in (memory, piece, view, weight)]
+    for seed in range(4):
+        block = pattern(4 * MIB, seed)
+        mapping.map(memory)
+        mapping.copy_in(memory, block).wait()
+        assert torch.equal(piece.cpu(), block[512:4608])
+        assert torch.equal(view.cpu(), block[512:4608].view(torch.int16).view(16, 128))
+        view.add_(1)
+        weight.data.view(torch.uint8)[-1:] = 77
+        mapping.settle()
+        assert int(memory[4607].item()) == 77
+        mapping.settle()
+        mapping.unmap(memory)
+    assert [tensor.data_ptr() for tensor in (memory, piece, view, weight)] == addresses
+
+
+def test_ranges_take_turns_with_the_same_memory(mapping):
+    before = mapping.allocated_bytes()
+    sizes = [40 * MIB, 64 * MIB, 24 * MIB + 512, 128 * MIB, 6 * MIB]
+    ranges = [mapping.reserve(size) for size in sizes]
+    for turn in range(6):
+        chosen = [ranges[turn % 5], ranges[(turn + 1) % 5]]
+        for seed, memory in enumerate(chosen):
+            mapping.map(memory)
+            mapping.copy_in(memory[: 2 * MIB], pattern(2 * MIB, turn + seed)).wait()
+            mapping.copy_in(memory[-MIB:], pattern(MIB, turn + seed + 50)).wait()
+        for seed, memory in enumerate(chosen):
+            assert torch.equal(memory[: 2 * MIB].cpu(), pattern(2 * MIB, turn + seed))
+            assert torch.equal(memory[-MIB:].cpu(), pattern(MIB, turn + seed + 50))
+        mapping.settle()
+        for memory in chosen:
+            mapping.unmap(memory)
+    assert mapping.allocated_bytes() == before
+
+
+def test_unmapping_is_idempotent(mapping):
+    memory = mapping.reserve(MIB)
+    before = mapping.allocated_bytes()
+    mapping.unmap(memory)
+    mapping.map(memory)
+    for _ in range(3):
+        mapping.unmap(memory)
+    assert mapping.allocated_bytes() == before
+
+
+def test_a_range_lives_as_long_as_a_view_of_it_and_takes_its_memory_along(mapping):
+    before = mapping.allocated_bytes()
+    memory = mapping.reserve(2 * MIB)
+    mapping.map(memory)
+    mapping.copy_in(memory, pattern(2 * MIB)).wait()
+    view = view_over(memory, MIB, torch.float32, (4,), (1,))
+    address = memory.data_ptr()
+    del memory
+    gc.collect()
+    assert view.data_ptr() == address + MIB
+    assert torch.equal(view.view(torch.uint8).cpu(), pattern(2 * MIB)[MIB : MIB + 16])
+    assert mapping.allocated_bytes() - before == mapping.charge_bytes(2 * MIB)
+    del view
+    gc.collect()
+    assert mapping.allocated_bytes() == before
+
+
+def test_an_empty_range_maps_to_nothing(mapping):
+    before = mapping.allocated_bytes()
+    memory = mapping.reserve(0)
+    mapping.map(memory)
+    assert (memory.numel(), mapping.allocated_bytes()) == (0, before)
+    mapping.copy_in(memory, torch.empty(0, dtype=torch.uint8)).wait()
+    mapping.unmap(memory)
+
+
+def test_ranges_made_inside_inference_mode_are_ordinary(mapping):
+    with torch.inference_mode():
+        memory = mapping.reserve(64)
+        mapping.map(memory)
+        view = view_over(memory, 0, torch.float32, (4,), (1,))
+    assert not memory.is_inference()
+    assert not view.is_inference()
+
+
+def test_many_threads_map_copy_and_unmap_at_once(mapping):
+    before, failures = mapping.allocated_bytes(), []
+
+    def work(seed):
+        try:
+            memory = mapping.reserve(64 * 1024)
+            for turn in range(10):
+                block, back = pattern(64 * 1024, seed + turn), torch.empty(64 * 1024, dtype=torch.uint8)
+                mapping.map(memory)
+                mapping.let_compute_wait(mapping.copy_in(memory, block))
+                memory.add_(1)
+                mapping.copy_out(back, memory).wait()
+                assert torch.equal(back, block + 1)
+                mapping.unmap(memory)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed * 100,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    mapping.settle()
+    gc.collect()
+    assert failures == []
+    assert mapping.allocated_bytes() == before
+
+
+@pytest.mark.parametrize("state", ["never mapped", "unmapped again"])
+@pytest.mark.parametrize("access", ["read", "write", "view", "copy"])
+def test_access_without_memory_costs_the_device(state, access):
+    device = the_simulated_device("mapped")
+    refuse_access(device, state, access)
+
+
+@pytest.mark.gpu
+def test_access_without_memory_costs_the_cuda_device():
+    # In a process of its own: the context is lost to it.
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import test_device_contract as suite\n"
+        "suite.refuse_access(suite.the_cuda_device('mapped'), 'unmapped again', 'write')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def refuse_access(device, state, access):
+    memory, block = device.reserve(2 * MIB), pattern(2 * MIB)
+    if state == "unmapped again":
+        device.map(memory)
+        device.copy_in(memory, block).wait()
+        device.settle()
+        device.unmap(memory)
+    view = view_over(memory, MIB, torch.float32, (4,), (1,))
+    with pytest.raises((torch.AcceleratorError, DevicePoisonedError), match="illegal memory access"):
+        if access == "read":
+            memory[5].item()
+        elif access == "write":
+            memory.fill_(1)
+            device.settle()
+        elif access == "view":
+            (view + 1).cpu()
+        else:
+            device.copy_in(memory, block).wait()
+    for call in (device.settle, lambda: device.map(memory), lambda: device.allocate(1)):
+        with pytest.raises(DevicePoisonedError, match="illegal memory access"):
+            call()
+    device.unmap(memory)
+    device.close()

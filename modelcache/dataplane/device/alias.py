@@ -13,36 +13,16 @@ Not covered: checking that the pointer is valid. The caller hands over whatever 
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
-
-class _Place(ctypes.Structure):
-    _fields_ = (("type", ctypes.c_int32), ("index", ctypes.c_int32))
-
-
-class _DataType(ctypes.Structure):
-    _fields_ = (("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16))
-
-
-class _Tensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("place", _Place),
-        ("ndim", ctypes.c_int32),
-        ("dtype", _DataType),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-class _Managed(ctypes.Structure):
-    """``DLManagedTensor`` of the DLPack C header, ABI version 0."""
-
-
-_Managed._fields_ = (("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
+# ``DLTensor`` of the DLPack C header, which a ``DLManagedTensor`` of ABI version 0 begins with: data, device type and
+# index, rank, the dtype's code, bits and lanes, shape, strides, byte offset; padded as a C compiler does.
+_FIELDS = struct.Struct("@PiiiBBHPPQ")
+_Bytes = ctypes.c_uint8 * _FIELDS.size
 
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype = ctypes.c_void_p
@@ -70,9 +50,18 @@ _SAME_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _HOST = torch.device("cpu")
 
 
+_KINDS = {"cpu": _CPU, "cuda": _CUDA}
+
+
+@lru_cache(maxsize=64)
 def _place_of(device: torch.device) -> tuple[int, int]:
-    kinds = {"cpu": _CPU, "cuda": _CUDA}
-    return kinds.get(device.type, _EXTENSION), device.index or 0
+    return _KINDS.get(device.type, _EXTENSION), device.index or 0
+
+
+@lru_cache(maxsize=4096)
+def _lengths(values: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
+    """A shape or a stride as C has it; nobody writes into it. Models repeat the same few hundred."""
+    return (ctypes.c_int64 * max(len(values), 1))(*values)
 
 
 def alias(
@@ -95,12 +84,18 @@ def alias(
     # torch keeps the Python side of a storage, attributes included, for as long as the storage lives.
     carrier.untyped_storage().keep = keep  # type: ignore[attr-defined]
     capsule = torch._C._to_dlpack(carrier)
-    managed = _Managed.from_address(_capsule_pointer(capsule, b"dltensor"))
-    rank = max(len(size), 1)
     # torch copies both while it takes the capsule.
-    shape, strides = (ctypes.c_int64 * rank)(*size), (ctypes.c_int64 * rank)(*stride)
-    code = _DataType(_CODES[dtype], dtype.itemsize * 8, 1)
-    managed.tensor = _Tensor(pointer, _Place(*_place_of(device)), len(size), code, shape, strides, 0)
+    shape, strides = _lengths(tuple(size)), _lengths(tuple(stride))
+    _FIELDS.pack_into(
+        _Bytes.from_address(_capsule_pointer(capsule, b"dltensor")),
+        0,
+        pointer,
+        *_place_of(device),
+        len(size),
+        *(_CODES[dtype], dtype.itemsize * 8, 1),
+        *(ctypes.addressof(shape), ctypes.addressof(strides)),
+        0,
+    )
     return torch.utils.dlpack.from_dlpack(capsule)
 
 
@@ -116,16 +111,59 @@ def storage_over(memory: torch.Tensor, offset_bytes: int, size_bytes: int) -> to
         ValueError: `memory` is not flat uint8, or the range is not inside it.
     """
     require_flat(memory, "memory")
+    _require_inside(memory, offset_bytes, size_bytes)
+    return _ordinary_alias(memory, offset_bytes, torch.uint8, (size_bytes,), (1,))
+
+
+def view_over(
+    memory: torch.Tensor, offset_bytes: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int]
+) -> torch.Tensor:
+    """A tensor with a storage of its own, which begins with it and ends with its last element.
+
+    The same as `storage_over` and a view of all of it, for a third of the time. For a tensor that is alone in its
+    storage and begins there; of two tensors that share bytes each would get a storage, and they would be tied no more.
+
+    Args:
+        memory: Flat uint8, on any device, which the result keeps alive. Its bytes are not touched.
+        offset_bytes: Where the tensor begins; a multiple of its item size.
+        dtype: Of the elements.
+        shape: The shape.
+        stride: In elements, none negative.
+
+    Raises:
+        ValueError: `memory` is not flat uint8, the tensor is not inside, or it begins in the middle of an item.
+    """
+    require_flat(memory, "memory")
+    item_bytes = dtype.itemsize
+    size_bytes = 0
+    if 0 not in shape:
+        size_bytes = item_bytes
+        for length, step in zip(shape, stride, strict=True):
+            size_bytes += (length - 1) * step * item_bytes
+    _require_inside(memory, offset_bytes, size_bytes)
+    if (memory.data_ptr() + offset_bytes) % item_bytes:
+        raise ValueError(
+            f"byte {offset_bytes} is in the middle of an item of {dtype}, which has {item_bytes}; align the tensor"
+        )
+    return _ordinary_alias(memory, offset_bytes, dtype, shape, stride)
+
+
+def _require_inside(memory: torch.Tensor, offset_bytes: int, size_bytes: int) -> None:
     if offset_bytes < 0 or size_bytes < 0 or offset_bytes + size_bytes > memory.numel():
         raise ValueError(
             f"bytes {offset_bytes} to {offset_bytes + size_bytes} are not inside the memory of {memory.numel()} bytes; "
             "ask for a range of the block"
         )
+
+
+def _ordinary_alias(
+    memory: torch.Tensor, offset_bytes: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int]
+) -> torch.Tensor:
     # A tensor made in a caller's inference_mode could not be re-pointed at outside of it.
-    with torch.inference_mode(False):
-        return alias(
-            memory.data_ptr() + offset_bytes, (size_bytes,), (1,), torch.uint8, device=memory.device, keep=memory
-        )
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return _ordinary_alias(memory, offset_bytes, dtype, shape, stride)
+    return alias(memory.data_ptr() + offset_bytes, shape, stride, dtype, device=memory.device, keep=memory)
 
 
 def host_alias(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@ blocks per stream, so a block that is handed out again was ours before, and the 
 earlier copies on the same stream. A block of a user's activations, perhaps still read by a kernel in flight, cannot be
 handed to a copy. What remains is compute on a model's own memory: `settle` before the last reference to it is dropped.
 
-Not covered: addresses that stay the same across evictions; more than one process per device; devices of other makers.
+Addresses that stay the same across evictions are `cuda_mapped.py`'s. Not covered: more than one process per device;
+devices of other makers.
 """
 
 from __future__ import annotations
@@ -15,57 +16,17 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from modelcache.dataplane.device.alias import require_flat, storage_over
+from modelcache.dataplane.device.cuda_errors import CudaPoison, is_sticky
 from modelcache.dataplane.device.protocol import DeviceEvent
 from modelcache.errors import DevicePoisonedError
 
 _MIB = 1 << 20
 _cuda: Any = torch.cuda  # parts of it have no annotations
-
-# After these the CUDA context cannot be used again; NVIDIA documents that the process must be restarted.
-_STICKY_CODES = frozenset({
-    214,  # cudaErrorECCUncorrectable
-    220,  # cudaErrorNvlinkUncorrectable
-    700,  # cudaErrorIllegalAddress
-    702,  # cudaErrorLaunchTimeout
-    709,  # cudaErrorContextIsDestroyed
-    710,  # cudaErrorAssert
-    714,  # cudaErrorHardwareStackError
-    715,  # cudaErrorIllegalInstruction
-    716,  # cudaErrorMisalignedAddress
-    717,  # cudaErrorInvalidAddressSpace
-    718,  # cudaErrorInvalidPc
-    719,  # cudaErrorLaunchFailure
-    721,  # cudaErrorContained
-})  # fmt: skip
-_STICKY_WORDS = (
-    "illegal memory access",
-    "device-side assert",
-    "unspecified launch failure",
-    "launch timed out",
-    "misaligned address",
-    "illegal instruction",
-    "hardware stack error",
-    "invalid program counter",
-    "not supported on this address space",
-    "uncorrectable ecc",
-    "uncorrectable nvlink",
-    "context is destroyed",
-)
-
-
-def is_sticky(error: BaseException) -> bool:
-    """Whether a torch error means that the device is lost to this process."""
-    if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
-        return False
-    if getattr(error, "error_code", None) in _STICKY_CODES:
-        return True
-    words = str(error).lower()
-    return any(sticky in words for sticky in _STICKY_WORDS)
 
 
 def segment_bytes(size_bytes: int) -> int:
@@ -86,35 +47,10 @@ def segment_bytes(size_bytes: int) -> int:
     return -(-size_bytes // (2 * _MIB)) * 2 * _MIB
 
 
-class _Poison:
-    """Why the device cannot be used any more; empty while it can."""
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-        self._problem: str | None = None
-
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Refuse to start when poisoned, and become poisoned by a sticky error inside.
-
-        Raises:
-            DevicePoisonedError: Either of the two.
-        """
-        if self._problem is not None:
-            raise DevicePoisonedError(self._device, self._problem)
-        try:
-            yield
-        except RuntimeError as error:
-            if not is_sticky(error):
-                raise
-            self._problem = str(error).partition("\n")[0]
-            raise DevicePoisonedError(self._device, self._problem) from error
-
-
 class _Copy:
     """One copy in a stream, and the event behind it."""
 
-    def __init__(self, poison: _Poison, tensors: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def __init__(self, poison: CudaPoison, tensors: tuple[torch.Tensor, torch.Tensor]) -> None:
         self._poison = poison
         # Neither end may be freed or reused before the event: the hardware still reads and writes them.
         self._tensors: tuple[torch.Tensor, ...] = tensors
@@ -154,7 +90,7 @@ class CudaDevice:
         self._index = index
         self._device = torch.device("cuda", index)
         self._name = f"cuda:{index}"
-        self._poison = _Poison(self._name)
+        self._poison = CudaPoison(self._name)
         with self._poison.watch():
             self._in, self._out = _cuda.Stream(self._device), _cuda.Stream(self._device)
         # Guards the three containers below; no CUDA call is made under it.
@@ -178,6 +114,11 @@ class CudaDevice:
     def holds_copies(self) -> bool:
         """True: it has memory of its own."""
         return True
+
+    @property
+    def keeps_addresses(self) -> bool:
+        """False: memory is allocated anew each time; see `cuda_mapped.py`."""
+        return False
 
     # --- memory ---
 
@@ -222,6 +163,18 @@ class CudaDevice:
     def _empty(self, size_bytes: int) -> torch.Tensor:
         with torch.inference_mode(False), torch.cuda.stream(self._in):
             return torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
+
+    def reserve(self, size_bytes: int) -> torch.Tensor:
+        """Refused, with a `RuntimeError`; and so are `map` and `unmap`."""
+        _refuse_addresses(self._name)
+
+    def map(self, memory: torch.Tensor) -> None:
+        """Refused."""
+        _refuse_addresses(self._name)
+
+    def unmap(self, memory: torch.Tensor) -> None:
+        """Refused."""
+        _refuse_addresses(self._name)
 
     def storage(self, memory: torch.Tensor, offset_bytes: int, size_bytes: int) -> torch.Tensor:
         """A flat uint8 tensor with a storage of its own over a range of `memory`, which it keeps alive.
@@ -380,13 +333,20 @@ class CudaDevice:
             self._pending.clear()
             self._compute_streams.clear()
 
+    def _require_open(self) -> None:
+        if not self._is_open:
+            raise RuntimeError(f"{self._name} is closed; open a new device")
+
     @contextmanager
     def _entered(self) -> Iterator[None]:
         """This device is the thread's current one, usable, and watched for sticky errors."""
-        if not self._is_open:
-            raise RuntimeError(f"{self._name} is closed; open a new device")
+        self._require_open()
         with self._poison.watch(), torch.cuda.device(self._device):
             yield
+
+
+def _refuse_addresses(name: str) -> NoReturn:
+    raise RuntimeError(f"{name} keeps no addresses; open it with memory='mapped'")
 
 
 def _clear_pending_error(device: torch.device) -> None:

@@ -65,7 +65,8 @@ class Faults:
     """A plan of faults for one device; may be extended at any time, from any thread.
 
     ``nth`` always counts from the moment the fault is planned: 1 is the next call. Calls are counted in the order in
-    which they are made. ``"allocate"`` is `Device.allocate`, ``"compute"`` any operator torch runs on the device.
+    which they are made. ``"allocate"`` is `Device.allocate` or `Device.map`, ``"compute"`` any operator torch runs on
+    the device.
 
     A copy that is to fail with ``"out_of_memory"`` fails when it is called; with the others when it runs, so its event
     raises. ``"sticky"`` poisons the device.

@@ -31,6 +31,11 @@ class HostOnlyDevice:
         """False: there is no memory beside RAM."""
         return False
 
+    @property
+    def keeps_addresses(self) -> bool:
+        """False: there is no device memory."""
+        return False
+
     def total_bytes(self) -> int:
         """0."""
         return 0
@@ -58,6 +63,30 @@ class HostOnlyDevice:
             RuntimeError: Always.
         """
         _refuse(f"allocate {size_bytes} bytes")
+
+    def reserve(self, size_bytes: int) -> torch.Tensor:
+        """There are no addresses to reserve.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        _refuse(f"reserve {size_bytes} bytes")
+
+    def map(self, memory: torch.Tensor) -> None:
+        """There is no memory to map.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        _refuse(f"map {memory.numel()} bytes")
+
+    def unmap(self, memory: torch.Tensor) -> None:
+        """Nothing was mapped.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        _refuse(f"unmap {memory.numel()} bytes")
 
     def storage(self, memory: torch.Tensor, offset_bytes: int, size_bytes: int) -> torch.Tensor:
         """A flat uint8 tensor with a storage of its own over a range of a RAM block, which it keeps alive.

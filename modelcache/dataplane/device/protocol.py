@@ -40,6 +40,13 @@ class Device(Protocol):
     def holds_copies(self) -> bool:
         """False for `host_only`: RAM is the top tier, and none of the memory methods may be called."""
 
+    @property
+    def keeps_addresses(self) -> bool:
+        """Whether memory is mapped below address ranges that stay, by `reserve`, `map` and `unmap`.
+
+        Where it is False these three must not be called: each `allocate` may answer with another address.
+        """
+
     def total_bytes(self) -> int:
         """The size of the device's memory."""
 
@@ -50,7 +57,10 @@ class Device(Protocol):
         """What this process holds of it through the allocator, rounding included."""
 
     def charge_bytes(self, size_bytes: int) -> int:
-        """What `allocate(size_bytes)` really takes, with the allocator's rounding; 0 for 0."""
+        """What `allocate(size_bytes)` really takes, with the allocator's rounding; 0 for 0.
+
+        Where addresses are kept it is what `map` of a range of that size takes.
+        """
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
         """A flat uint8 tensor, shape ``(size_bytes,)``, uninitialized. Freed when its last reference dies.
@@ -59,10 +69,33 @@ class Device(Protocol):
             torch.OutOfMemoryError: There is no room; cached memory was released and the call tried once more.
         """
 
+    def reserve(self, size_bytes: int) -> torch.Tensor:
+        """A flat uint8 tensor over an address range without memory, which charges nothing.
+
+        Its bytes may be read and written only while memory is mapped: any other access is illegal and costs the device.
+        The range, and memory still mapped below it, is given back when the last tensor over it dies.
+        """
+
+    def map(self, memory: torch.Tensor) -> None:
+        """Put memory behind a whole range that `reserve` answered; what it holds is undefined.
+
+        Raises:
+            ValueError: It is mapped already, or is no such range.
+            torch.OutOfMemoryError: There is no room; cached memory was released and the call tried once more.
+        """
+
+    def unmap(self, memory: torch.Tensor) -> None:
+        """Take the memory behind a range away. Nothing may use it any more: see `settle`. Unmapped already is fine.
+
+        Raises:
+            ValueError: It is no range that `reserve` answered.
+        """
+
     def storage(self, memory: torch.Tensor, offset_bytes: int, size_bytes: int) -> torch.Tensor:
         """A flat uint8 tensor over a range of `memory` (on the device or in RAM) with an `UntypedStorage` of its own.
 
-        The result keeps `memory` alive. Its storage starts at the range, so that offsets of views count from there.
+        `memory` may be a reserved range, mapped or not: its bytes are not touched. The result keeps `memory`
+        alive. Its storage starts at the range, so that offsets of views count from there.
         """
 
     def host_view(self, memory: torch.Tensor) -> torch.Tensor | None:

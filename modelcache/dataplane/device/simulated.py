@@ -6,17 +6,19 @@ Simulated:
     everything on the device, activations included, with the rounding of an allocator; beyond it
     `torch.OutOfMemoryError`. A link with a speed; ordinary ``tensor.to`` takes its time too. Two copy streams, one per
     direction, in order and really asynchronous: fresh memory holds 0xFF bytes (NaN), so a missing wait shows as wrong
-    numbers. Page-locking and faults (`Faults`).
+    numbers. Page-locking and faults (`Faults`). Address ranges that stay while memory is mapped below them and taken
+    away; touching one without memory is CUDA's illegal memory access, and costs the device.
 
 Not simulated:
     The time compute takes. The slowness of memory that is not page-locked: its copies are as asynchronous as others.
-    Fragmentation. Memory that traps when it is unmapped. Contention of ordinary copies with the streams.
+    Fragmentation. Contention of ordinary copies with the streams.
 
 The torch part is `simulated_backend.py`, which says what it leaves out.
 """
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable
@@ -27,19 +29,22 @@ import torch
 from modelcache.dataplane.device.alias import host_alias, require_flat, storage_over
 from modelcache.dataplane.device.faults import Failure, Faults
 from modelcache.dataplane.device.protocol import DeviceEvent
+from modelcache.dataplane.device.simulated_access import Poison
 from modelcache.dataplane.device.simulated_backend import CLAIM
 from modelcache.dataplane.device.simulated_memory import Memory, Rounding
 from modelcache.dataplane.device.simulated_operators import new_memory
+from modelcache.dataplane.device.simulated_ranges import AddressRanges
 from modelcache.dataplane.device.simulated_slots import SLOTS, place
 from modelcache.dataplane.device.simulated_streams import (
     Copy,
     CopyStream,
     Flag,
     OsThreads,
-    Poison,
     Threads,
     closed_error,
 )
+
+MemoryKind = Literal["allocated", "mapped"]
 
 _POISON_BYTE = 0xFF
 # Below this, waiting costs more than the link would.
@@ -55,14 +60,16 @@ class SimulatedDevice:
         capacity_bytes: Of its memory.
         link_bytes_per_s: Of the link to it, per direction; `None` copies at the speed of memcpy.
         rounding: How its allocator rounds sizes.
+        memory: ``"mapped"`` keeps addresses: see `Device.reserve`. It needs Linux.
+        granularity_bytes: Of mapped memory; a multiple of the system's page.
         faults: What is to go wrong; may be extended later.
         poison: Fill fresh memory with 0xFF, so that reading it before a copy lands shows. Benchmarks turn it off.
         threads: Where copy threads and events come from.
         clock: Monotonic seconds.
 
     Raises:
-        ValueError: A size, speed or rounding that cannot be.
-        RuntimeError: Another backend holds the key, or all indices are taken.
+        ValueError: A size, speed, rounding or granularity that cannot be.
+        RuntimeError: Another backend holds the key, all indices are taken, or this system cannot map memory.
     """
 
     def __init__(
@@ -71,6 +78,8 @@ class SimulatedDevice:
         *,
         link_bytes_per_s: float | None = 8e9,
         rounding: Rounding = "exact",
+        memory: MemoryKind = "allocated",
+        granularity_bytes: int = 2 << 20,
         faults: Faults | None = None,
         poison: bool = True,
         threads: Threads | None = None,
@@ -79,14 +88,16 @@ class SimulatedDevice:
         if link_bytes_per_s is not None and link_bytes_per_s <= 0:
             raise ValueError(f"link_bytes_per_s must be above 0, got {link_bytes_per_s}; None is an unlimited link")
         self._memory = Memory("sim", capacity_bytes, rounding)
+        self._poison = Poison("sim")
+        self._ranges = AddressRanges(self._memory, granularity_bytes, self._poison) if memory == "mapped" else None
+        self._memory.ranges = self._ranges
         CLAIM.make()
         self._index = SLOTS.reserve()
         self._torch_device = place(self._index)
-        self._name = self._memory.device = str(self._torch_device)
+        self._name = self._memory.device = self._poison.device = str(self._torch_device)
         self._faults = faults if faults is not None else Faults()
         self._link_bytes_per_s, self._clock, self._fills = link_bytes_per_s, clock, poison
         self._threads: Threads = threads if threads is not None else OsThreads()
-        self._poison = Poison(self._name)
         self._in = self._stream("in")
         self._out = self._stream("out")
         # Per thread: the events its next operator waits for.
@@ -116,6 +127,11 @@ class SimulatedDevice:
     def holds_copies(self) -> bool:
         """True: it has memory of its own."""
         return True
+
+    @property
+    def keeps_addresses(self) -> bool:
+        """Whether memory is mapped."""
+        return self._ranges is not None
 
     @property
     def faults(self) -> Faults:
@@ -162,8 +178,8 @@ class SimulatedDevice:
         return self._memory.allocated_bytes()
 
     def charge_bytes(self, size_bytes: int) -> int:
-        """What `allocate(size_bytes)` takes."""
-        return self._memory.charge_bytes(size_bytes)
+        """What `allocate` or, where addresses are kept, `map` of that many bytes takes."""
+        return (self._memory if self._ranges is None else self._ranges).charge_bytes(size_bytes)
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
         """A flat uint8 tensor on the device, full of 0xFF.
@@ -183,6 +199,49 @@ class SimulatedDevice:
                 # On the CPU's view: the memory is fresh, so this is no operator that would have to wait for anything.
                 host_alias(memory).fill_(_POISON_BYTE)
             return memory
+
+    def reserve(self, size_bytes: int) -> torch.Tensor:
+        """A flat uint8 tensor over an address range without memory.
+
+        Raises:
+            torch.OutOfMemoryError: The process has no addresses left.
+            DevicePoisonedError: The device failed for good.
+            RuntimeError: The device is closed, or keeps no addresses.
+        """
+        self._require_usable()
+        with torch.inference_mode(False):
+            return self._mapping().reserve(size_bytes, self._torch_device)
+
+    def map(self, memory: torch.Tensor) -> None:
+        """Put memory, full of 0xFF, behind a range. A fault of ``"allocate"`` counts and fails this too.
+
+        Raises:
+            ValueError: It is mapped already, or is no such range.
+            torch.OutOfMemoryError: There is no room, or a fault says so; nothing was mapped.
+            torch.AcceleratorError: A transient fault.
+            DevicePoisonedError: The device failed for good.
+            RuntimeError: The device is closed, or keeps no addresses.
+        """
+        self._require_usable()
+        for planned in self._faults.next_call("allocate"):
+            self._fail(planned.failure, f"mapping {memory.numel()} bytes")
+        self._mapping().map(memory)
+        if self._fills:
+            ctypes.memset(memory.data_ptr(), _POISON_BYTE, memory.numel())
+
+    def unmap(self, memory: torch.Tensor) -> None:
+        """Take the memory behind a range away; on a device that is closed or lost too.
+
+        Raises:
+            ValueError: It is no range that `reserve` answered.
+            RuntimeError: The device keeps no addresses.
+        """
+        self._mapping().unmap(memory)
+
+    def _mapping(self) -> AddressRanges:
+        if self._ranges is None:
+            raise RuntimeError(f"{self._name} keeps no addresses; open it with memory='mapped'")
+        return self._ranges
 
     def storage(self, memory: torch.Tensor, offset_bytes: int, size_bytes: int) -> torch.Tensor:
         """A flat uint8 tensor with a storage of its own over a range of `memory`, which it keeps alive.
@@ -299,7 +358,10 @@ class SimulatedDevice:
             self._page_locked.pop(memory.data_ptr(), None)
 
     def close(self) -> None:
-        """Stop the copy threads; copies that have not landed fail. Tensors still referenced stay valid. Idempotent."""
+        """Stop the copy threads; copies that have not landed fail. Idempotent.
+
+        Tensors still referenced stay what they are: valid, or over a range without memory.
+        """
         with self._lock:
             was_open, self._is_open = self._is_open, False
         if was_open:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
 from modelcache.units import format_bytes
+
+if TYPE_CHECKING:
+    from modelcache.dataplane.device.simulated_ranges import AddressRanges
 
 # Smaller memory is cheap to get from the system.
 _SMALLEST_SPARE_BYTES = 1 << 20
@@ -35,8 +38,11 @@ class Memory:
     appends to a deque and takes no lock.
 
     A real device has its memory from the start. This one would pay for page faults at every allocation, more than the
-    copy that follows, so large flat blocks are kept for the next allocation of their size. Such spares and what is
-    allocated are never more than the capacity together, and count as free.
+    copy that follows, so large flat blocks are kept for the next allocation of their size, and so are pages that were
+    mapped. Such spares and what is allocated are never more than the capacity together, and count as free.
+
+    Attributes:
+        ranges: Where memory is mapped; `None` where it is only allocated.
     """
 
     def __init__(self, device: str, capacity_bytes: int, rounding: Rounding) -> None:
@@ -47,7 +53,8 @@ class Memory:
         self.device, self.capacity_bytes, self.rounding = device, capacity_bytes, rounding
         self._lock = threading.Lock()
         self._allocated_bytes = 0
-        self._given_back: deque[tuple[int, torch.Tensor]] = deque()
+        self.ranges: AddressRanges | None = None
+        self._given_back: deque[tuple[int, torch.Tensor | None]] = deque()
         self._spares: deque[torch.Tensor] = deque()
         self._spare_bytes = 0
 
@@ -66,7 +73,18 @@ class Memory:
         Raises:
             torch.OutOfMemoryError: There is no room; nothing was taken.
         """
-        charge = self.charge_bytes(size_bytes)
+        return self.take_charge(self.charge_bytes(size_bytes))
+
+    def take_charge(self, charge: int, *, spared_bytes: int = 0) -> int:
+        """Take room, rounded already; returns it.
+
+        Args:
+            charge: How much.
+            spared_bytes: Spares that may stay beyond the capacity, because they will be used for it: see `trim`.
+
+        Raises:
+            torch.OutOfMemoryError: There is no room; nothing was taken.
+        """
         with self._lock:
             free_bytes = self.capacity_bytes - self._balance()
             if charge > free_bytes:
@@ -75,11 +93,16 @@ class Memory:
                     f"{format_bytes(free_bytes)} ({free_bytes} bytes) of {format_bytes(self.capacity_bytes)} are free"
                 )
             self._allocated_bytes += charge
-            self._drop_spares(self.capacity_bytes - self._allocated_bytes)
+            self._drop_spares(self.capacity_bytes - self._allocated_bytes + spared_bytes)
         return charge
 
-    def give_back(self, charge: int, raw: torch.Tensor) -> None:
-        """The device's last tensor over `raw` died."""
+    def trim(self) -> None:
+        """Give spares beyond the capacity back to the system."""
+        with self._lock:
+            self._drop_spares(self.capacity_bytes - self._balance())
+
+    def give_back(self, charge: int, raw: torch.Tensor | None = None) -> None:
+        """Give room back: the device's last tensor over `raw` died, or memory was unmapped."""
         self._given_back.append((charge, raw))
 
     def block(self, size_bytes: int) -> torch.Tensor:
@@ -101,14 +124,16 @@ class Memory:
             self._drop_spares(0)
 
     def _drop_spares(self, allowed_bytes: int) -> None:
-        while self._spare_bytes > allowed_bytes:
+        while self._spares and self._spare_bytes > allowed_bytes:
             self._spare_bytes -= self._spares.popleft().numel()
+        if self.ranges is not None:
+            self.ranges.drop_warm(max(0, allowed_bytes - self._spare_bytes))
 
     def _balance(self) -> int:
         while self._given_back:
             charge, raw = self._given_back.popleft()
             self._allocated_bytes -= charge
-            if raw.dtype is torch.uint8 and raw.dim() == 1 and raw.numel() >= _SMALLEST_SPARE_BYTES:
+            if raw is not None and raw.dtype is torch.uint8 and raw.dim() == 1 and raw.numel() >= _SMALLEST_SPARE_BYTES:
                 self._spares.append(raw)
                 self._spare_bytes += raw.numel()
         assert 0 <= self._allocated_bytes <= self.capacity_bytes

@@ -16,6 +16,7 @@ import torch
 from torch.utils import _pytree
 
 from modelcache.dataplane.device.alias import alias, host_alias
+from modelcache.dataplane.device.simulated_access import UNMAPPED
 from modelcache.dataplane.device.simulated_memory import Allocation
 from modelcache.dataplane.device.simulated_slots import NAME, SLOTS, index_of, place
 
@@ -29,6 +30,16 @@ _CPU_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 def _is_sim(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type == NAME
+
+
+def _host(tensor: torch.Tensor) -> torch.Tensor:
+    """The CPU's view of a tensor of the device whose bytes are about to be touched.
+
+    Raises:
+        torch.AcceleratorError: An illegal memory access: nothing is mapped there.
+    """
+    UNMAPPED.require_memory(tensor)
+    return host_alias(tensor)
 
 
 def adopt(raw: torch.Tensor, index: int) -> torch.Tensor:
@@ -118,7 +129,7 @@ class _Call:
         # One alias per tensor, so that a kernel sees that its output is its input.
         pair = self.pairs.get(id(value))
         if pair is None:
-            pair = self.pairs[id(value)] = (host_alias(value), value)
+            pair = self.pairs[id(value)] = (_host(value), value)
         return pair[0]
 
     def require_one_device(self, args: Sequence[object], kwargs: dict[str, object]) -> None:
@@ -220,7 +231,7 @@ def _run_out(call: _Call, index: int, args: Any, kwargs: dict[str, Any], outs: d
     for name, out in outs.items():
         for target, result in zip(_pytree.tree_leaves(out), _pytree.tree_leaves(fresh[name]), strict=True):
             if target.shape == result.shape:
-                host_alias(target).copy_(result)
+                _host(target).copy_(result)
             else:
                 _point_at(target, adopt(result, target.device.index))
     results = tuple(out for argument in call.op._schema.arguments if argument.is_out for out in [outs[argument.name]])
@@ -272,8 +283,8 @@ def _copy_from(source: torch.Tensor, target: torch.Tensor, _non_blocking: bool =
     token = device.begin_compute()
     try:
         started_s = device.now_s()
-        host_target = host_alias(target) if _is_sim(target) else target
-        host_target.copy_(host_alias(source) if _is_sim(source) else source)
+        host_target = _host(target) if _is_sim(target) else target
+        host_target.copy_(_host(source) if _is_sim(source) else source)
         if source.device.type != target.device.type:
             device.cross_link(source.numel() * source.itemsize, started_s)
     finally:
@@ -294,7 +305,7 @@ def _resize(target: torch.Tensor, size: Sequence[int], **_ignored: object) -> to
     if needed <= room:
         return _point_at(target, _view(target, size, stride, int(target.storage_offset())))
     fresh = torch.empty(size, dtype=target.dtype, device=_CPU)
-    old = host_alias(target).flatten()
+    old = _host(target).flatten()
     fresh.view(-1)[: old.numel()] = old
     return _point_at(target, adopt(fresh, target.device.index))
 
@@ -325,7 +336,7 @@ def _item(tensor: torch.Tensor) -> Any:
     device = SLOTS.at(tensor.device.index)
     token = device.begin_compute()
     try:
-        return host_alias(tensor).item()
+        return _host(tensor).item()
     finally:
         device.end_compute(token)
 
@@ -383,7 +394,7 @@ def _sum(first: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
 def _pack(source: torch.Tensor, lengths: torch.Tensor, batch_first: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The lengths and the batch sizes stay on the CPU on every device."""
     index: int = source.device.index
-    data, batch_sizes = aten._pack_padded_sequence.default(host_alias(source), lengths, batch_first)
+    data, batch_sizes = aten._pack_padded_sequence.default(_host(source), lengths, batch_first)
     return adopt(data.clone(), index), batch_sizes
 
 

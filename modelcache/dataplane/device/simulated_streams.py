@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 
 from modelcache.dataplane.device.faults import Hold, Planned
-from modelcache.errors import DevicePoisonedError
+from modelcache.dataplane.device.simulated_access import UNMAPPED, Poison
 
 
 class Flag(Protocol):
@@ -72,28 +72,6 @@ def fresh(error: BaseException) -> BaseException:
     copy = type(error)(*error.args)
     copy.__cause__ = error
     return copy
-
-
-class Poison:
-    """Why a device cannot be used any more; empty while it can."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.problem: str | None = None
-
-    def error(self) -> DevicePoisonedError | None:
-        """What every call raises, or `None`."""
-        return None if self.problem is None else DevicePoisonedError(self.device, self.problem)
-
-    def check(self) -> None:
-        """Refuse to go on when poisoned.
-
-        Raises:
-            DevicePoisonedError: The device failed for good earlier.
-        """
-        error = self.error()
-        if error is not None:
-            raise error
 
 
 class Copy:
@@ -227,6 +205,10 @@ class CopyStream:
         target, source = copy.tensors
         landing_s = self._wait_for_link(copy)
         self._refuse_if_over()
+        for tensor in copy.tensors:
+            if UNMAPPED.is_missing(tensor):
+                self._poison.lose("an illegal memory access was encountered in a copy: nothing is mapped there")
+        self._poison.check()
         started_s, cpu_s = self._clock(), time.thread_time()
         # Through ctypes, so that the interpreter's lock is free and no thread of torch's own takes part.
         ctypes.memmove(target.data_ptr(), source.data_ptr(), copy.size_bytes)

@@ -5,7 +5,8 @@ import pickle
 import pytest
 import torch
 
-from modelcache.dataplane.device.cuda import _Poison, is_sticky, segment_bytes
+from modelcache.dataplane.device.cuda import segment_bytes
+from modelcache.dataplane.device.cuda_errors import CudaPoison, is_sticky
 from modelcache.errors import DevicePoisonedError
 
 MIB = 1 << 20
@@ -46,7 +47,7 @@ def test_errors_that_cost_the_context_are_known_by_their_code():
 )
 def test_other_errors_leave_the_device_usable(error):
     assert not is_sticky(error)
-    poison = _Poison("cuda:0")
+    poison = CudaPoison("cuda:0")
     with pytest.raises(type(error)), poison.watch():
         raise error
     with poison.watch():
@@ -54,7 +55,7 @@ def test_other_errors_leave_the_device_usable(error):
 
 
 def test_a_sticky_error_is_reported_then_and_ever_after():
-    poison = _Poison("cuda:0")
+    poison = CudaPoison("cuda:0")
     with pytest.raises(DevicePoisonedError, match="device-side assert") as first, poison.watch():
         raise RuntimeError("CUDA error: device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA")
     assert isinstance(first.value.__cause__, RuntimeError)

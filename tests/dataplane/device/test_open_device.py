@@ -15,6 +15,19 @@ def test_an_unknown_name_is_refused_with_the_choices(name):
         open_device(name)
 
 
+def test_an_unknown_memory_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="unknown memory 'virtual'; choose one of allocated, mapped"):
+        open_device("host_only", memory="virtual")
+
+
+@pytest.mark.parametrize("memory", ["allocated", "mapped"])
+def test_memory_is_chosen_where_there_is_any(memory):
+    device = open_device("simulated", memory=memory)
+    assert device.keeps_addresses == (memory == "mapped")
+    device.close()
+    assert not open_device("host_only", memory=memory).keeps_addresses
+
+
 def test_an_option_of_another_device_is_refused():
     with pytest.raises(TypeError, match="no arguments"):
         open_device("host_only", capacity_bytes=1)
@@ -46,6 +59,9 @@ def test_without_an_accelerator_device_memory_is_refused_and_ram_still_works():
         lambda: device.copy_out(block, block),
         lambda: device.let_compute_wait(None),
         lambda: device.charge_bytes(1),
+        lambda: device.reserve(1),
+        lambda: device.map(block),
+        lambda: device.unmap(block),
     ):
         with pytest.raises(RuntimeError, match="host_only"):
             call()
