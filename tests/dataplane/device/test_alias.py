@@ -23,6 +23,8 @@ def memory(request):
         yield content
         return
     if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device on this machine")
         yield content.to("cuda:0")
         return
     kind = "mapped" if "mapped" in request.param else "allocated"
