@@ -56,13 +56,14 @@ if TYPE_CHECKING:
     from modelcache.lease import Lease, Leases
     from modelcache.move import MoveKind, Reason
     from modelcache.spec import OnWrite, Priority
-    from modelcache.stats import CacheStats, Counters, Freed, Health, ModelStats, MoveEvent, TierStats
+    from modelcache.stats import BudgetChange, CacheStats, Counters, Freed, Health, ModelStats, MoveEvent, TierStats
     from modelcache.tier import Tier
     from modelcache.units import format_bytes, format_seconds, parse_bytes, parse_percent, parse_rate
     from modelcache.wiring import PlannedBudgets, planned_budgets
 
 __all__ = [
     "AsyncGet",
+    "BudgetChange",
     "BudgetExhaustedError",
     "CacheClosedError",
     "CacheStats",
@@ -152,7 +153,16 @@ _HOMES = {
     "modelcache.lease": ("Lease", "Leases"),
     "modelcache.move": ("MoveKind", "Reason"),
     "modelcache.spec": ("OnWrite", "Priority"),
-    "modelcache.stats": ("CacheStats", "Counters", "Freed", "Health", "ModelStats", "MoveEvent", "TierStats"),
+    "modelcache.stats": (
+        "BudgetChange",
+        "CacheStats",
+        "Counters",
+        "Freed",
+        "Health",
+        "ModelStats",
+        "MoveEvent",
+        "TierStats",
+    ),
     "modelcache.dataplane.probe": ("MachineReport", "Reading", "Unavailable", "machine_report"),
     "modelcache.errors": ("Finding", *(name for name in __all__ if name.endswith("Error"))),
     "modelcache.headers": ("weights_bytes",),

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from types import TracebackType
@@ -32,8 +33,9 @@ from modelcache.handle import ModelHandle
 from modelcache.lease import FirstUseLease, Lease, Leases, current_holder
 from modelcache.registry import Registry, build_spec
 from modelcache.runtime.driver import Driver
+from modelcache.runtime.governor import Governor
 from modelcache.runtime.herald import Subscriber
-from modelcache.snapshots import cache_stats, model_stats
+from modelcache.snapshots import cache_stats, model_stats, pressures
 from modelcache.spec import ModelSpec
 from modelcache.stats import CacheStats, Freed, Health, ModelStats, MoveEvent
 from modelcache.tier import Tier
@@ -57,12 +59,18 @@ class ModelCache:
             default), or bytes.
         ram: Budget of RAM, likewise; ``"auto"`` is half. A percentage is of the machine or the container.
         page_locked: How much of `ram` may be page-locked, for asynchronous copies.
+        ram_spare: How much of `ram` is kept mapped and touched ahead of the next load; ``"auto"`` is one segment, or
+            nothing where that is more than 1/32 of `ram`.
         disk: Budget of image files, for models whose loader cannot be called again; none by default.
         device: ``"auto"`` (the default: the first CUDA device, else RAM), ``"cuda:0"``, ``"simulated"``,
             ``"host_only"``, or a device object of `modelcache.testing`.
+        memory: ``"allocated"``, or ``"mapped"``: a model's memory on the device comes back at the same addresses, which
+            CUDA graphs and compiled models need. A device object has its own.
         policy: Which copies go first: ``"lru"`` or ``"cost"``.
         when_full: ``"wait"`` for a lease to be returned, or ``"reject"`` with `BudgetExhaustedError`.
         idle: Park a model after this long without a lease, such as ``"10m"``; a model's own `idle` wins.
+        pressure: ``"watch"`` lowers budgets while memory is short or others take it, and raises them again, never above
+            what was given; ``"off"`` (the default) leaves them as they are.
         max_waiters: More callers than this get `QueueFullError`.
         image_dir: Where image files go; a folder of this user's cache by default.
         segment: Bytes of a segment, the unit of moving.
@@ -79,11 +87,14 @@ class ModelCache:
         vram: int | str | None = None,
         ram: int | str | None = None,
         page_locked: int | str | None = None,
+        ram_spare: int | str | None = None,
         disk: int | str | None = None,
         device: Any = None,
+        memory: str | None = None,
         policy: str | None = None,
         when_full: str | None = None,
         idle: str | None = None,
+        pressure: str | None = None,
         max_waiters: int | None = None,
         image_dir: str | PathLike[str] | None = None,
         segment: int | str | None = None,
@@ -130,6 +141,16 @@ class ModelCache:
             self._describe,
             with_sites=parts.lease_sites,
         )
+        self._governor: Governor | None = None
+        if parts.gauge is not None:
+            self._governor = Governor(
+                self._driver,
+                parts.gauge,
+                parts.clock,
+                parts.pool,
+                release=parts.mover.release_cached,
+                vram_share=parts.vram_share,
+            )
         self._close_lock = threading.Lock()
         self._leaving: dict[str, MoveFuture] = {}
         forked_away(self._driver)
@@ -300,7 +321,10 @@ class ModelCache:
                 self._driver.tell(RoomReturned(future.ticket))
 
     def resize(self, *, vram: int | str | None = None, ram: int | str | None = None) -> None:
-        """Change budgets. A lowered one is reached as far as leases allow; the rest follows as they are returned."""
+        """Change budgets. A lowered one is reached as far as leases allow; the rest follows as they are returned.
+
+        With `pressure="watch"` these are the budgets that it lowers from and raises to.
+        """
         for tier, size in _sizes(vram, ram):
             self._driver.ask(WantBudget(tier, size))
 
@@ -334,7 +358,7 @@ class ModelCache:
         stats: CacheStats = self._driver.look(
             partial(cache_stats, device=self._parts.device_name, counters=counters, names=self.names())
         )
-        return stats
+        return stats if self._governor is None else replace(stats, budget_changes=self._governor.changes())
 
     def plan(self, *names: str) -> Forecast:
         """What asking for these models together would do now: what fits, and who would give something up."""
@@ -356,8 +380,11 @@ class ModelCache:
     def on(self, event: str, fn: Subscriber) -> Callable[[], None]:
         """Call `fn` with each committed move: ``"move"`` for all, or a kind such as ``"evict"``.
 
-        It runs on a thread of its own, and may call the cache. Returns what ends the subscription.
+        ``"budget"`` is each `BudgetChange` that `pressure="watch"` makes; without that there are none. It runs on a
+        thread of its own, and may call the cache. Returns what ends the subscription.
         """
+        if event == "budget":
+            return (lambda: None) if self._governor is None else self._governor.on_change(fn)
         return self._driver.herald.on(event, fn)
 
     def health(self) -> Health:
@@ -367,7 +394,10 @@ class ModelCache:
         is_moving = self._driver.look(lambda machine: not machine.flights.is_idle)
         is_stalled = oldest_s is not None and oldest_s > STALL_S and not is_moving and last_step_s > STALL_S
         is_ready = device == "ok" and not is_stalled and self._door.refusal() is None and self._driver.is_sound
-        return Health(is_ready, oldest_s, last_step_s, device)
+        pressure: tuple[str, ...] = self._driver.look(pressures)
+        if self._governor is not None:
+            pressure += self._governor.problems()
+        return Health(is_ready, oldest_s, last_step_s, device, pressure)
 
     def _describe(self, name: str) -> str:
         return one_line(self.info(name))
@@ -403,6 +433,8 @@ class ModelCache:
             open_leases = {name: holders for name, holders in leased.items() if holders}
             if open_leases:
                 _LOG.warning("closed with open leases=%s; return them before closing", open_leases)
+            if self._governor is not None:
+                self._governor.stop()
             self._driver.stop()
             self._door.entries.clear()
             self._parts.close()

@@ -46,6 +46,7 @@ def _tier_words(tier: TierStats) -> str:
     words = f"{str(tier.tier).upper()} {format_bytes(tier.resident_bytes)} / {format_bytes(tier.budget_bytes)}"
     moving = tier.reserved_bytes + tier.draining_bytes
     words += f" ({format_bytes(moving)} moving or held)" if moving else ""
+    words += f" (lowered from {format_bytes(tier.configured_bytes)} for now)" if tier.pressure else ""
     return words + (f" ({format_bytes(tier.deficit_bytes)} over, waiting for leases)" if tier.deficit_bytes else "")
 
 

@@ -123,7 +123,10 @@ class ModelTooLargeError(CapacityError):
 
 
 class BudgetExhaustedError(CapacityError):
-    """Transient: there is no room now and nothing more may be given up."""
+    """Transient: there is no room now and nothing more may be given up.
+
+    `pressure` says why the budget is lower than configured at the moment; empty when it is not.
+    """
 
     def __init__(
         self,
@@ -133,18 +136,21 @@ class BudgetExhaustedError(CapacityError):
         free_bytes: int,
         lease_holders: tuple[str, ...] = (),
         reason: str = "",
+        pressure: str = "",
     ) -> None:
-        super().__init__(name, tier, needed_bytes, free_bytes, lease_holders, reason)
-        self.name, self.tier, self.reason = name, tier, reason
+        super().__init__(name, tier, needed_bytes, free_bytes, lease_holders, reason, pressure)
+        self.name, self.tier, self.reason, self.pressure = name, tier, reason, pressure
         self.needed_bytes, self.free_bytes, self.lease_holders = needed_bytes, free_bytes, lease_holders
 
     def __str__(self) -> str:
         held = f"; leased: {', '.join(self.lease_holders)}" if self.lease_holders else ""
-        why = f"; {self.reason}" if self.reason else ""
+        why = "".join(f"; {each}" for each in (self.reason, self.pressure) if each)
+        fix = f"return a lease, unpin a model, or raise budgets.{self.tier}"
+        if self.pressure:
+            fix = "try again when there is memory, or free some"
         return (
             f"{self.name!r} needs {format_bytes(self.needed_bytes)} of {self.tier}, but only "
-            f"{format_bytes(self.free_bytes)} can be freed now{held}{why}; return a lease, unpin a model, "
-            f"or raise budgets.{self.tier}"
+            f"{format_bytes(self.free_bytes)} can be freed now{held}{why}; {fix}"
         )
 
 

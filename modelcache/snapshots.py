@@ -48,6 +48,12 @@ def model_stats(machine: Machine, *, name: str) -> ModelStats:
     )
 
 
+def pressures(machine: Machine) -> tuple[str, ...]:
+    """Which budgets are lowered for a while, and why."""
+    words = (machine.books.account(tier).pressure_on(tier) for tier in (Tier.VRAM, Tier.RAM))
+    return tuple(each for each in words if each)
+
+
 def _size_bytes(machine: Machine, model: Model) -> int | None:
     if model.loading is not Loading.LOADED:
         return model.spec.size_bytes
@@ -63,4 +69,6 @@ def _tier_stats(machine: Machine, tier: Tier) -> TierStats:
         account.resident_bytes,
         account.reserved_bytes,
         account.draining_bytes,
+        account.configured_bytes if account.pressure else 0,
+        account.pressure,
     )

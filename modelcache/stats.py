@@ -17,6 +17,8 @@ class TierStats:
         resident_bytes: What it holds, workspaces of usable models included.
         reserved_bytes: Promised to moves in flight and to `reserve` blocks.
         draining_bytes: Given up and not yet confirmed free.
+        configured_bytes: The budget that it returns to when it was lowered for a while; 0 when it was not.
+        pressure: Why it was lowered; empty when it was not.
     """
 
     tier: Tier
@@ -25,6 +27,8 @@ class TierStats:
     resident_bytes: int
     reserved_bytes: int
     draining_bytes: int
+    configured_bytes: int = 0
+    pressure: str = ""
 
     @property
     def free_bytes(self) -> int:
@@ -111,6 +115,59 @@ class MoveEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class BudgetChange:
+    """A budget was changed because of what was measured, see `policy.pressure`.
+
+    Attributes:
+        seq: Counts from 1.
+        at_s: When, in seconds since the cache was made.
+        tier: Whose budget.
+        before_bytes: The budget until then.
+        after_bytes: The budget from then on.
+        configured_bytes: What it returns to.
+        reason: In words, with the figures.
+        source: Who gave them: a file, ``psutil``, ``nvml``, the device.
+        age_s: How old they were.
+    """
+
+    seq: int
+    at_s: float
+    tier: Tier
+    before_bytes: int
+    after_bytes: int
+    configured_bytes: int
+    reason: str
+    source: str
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReading:
+    """What is measured of the memory under a tier while the cache runs. All sizes are bytes.
+
+    Attributes:
+        total_bytes: What there is, or what a control group allows.
+        free_bytes: What can still be had of it.
+        others_bytes: What is held by anything but this process's own allocations.
+        source: Who said so.
+        at_s: When, on the clock of the cache.
+        stalled_percent: How much of the last ten seconds some process stood still for want of memory; `None` when
+            nobody says.
+        stalled_source: Who says that.
+        problem: Why there are no newer figures; empty when these are current. Sizes are then the last known, or 0.
+    """
+
+    total_bytes: int
+    free_bytes: int
+    others_bytes: int
+    source: str
+    at_s: float
+    stalled_percent: float | None = None
+    stalled_source: str = ""
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Counters:
     """Counts since the cache was made.
 
@@ -131,7 +188,7 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """Everything at one instant."""
+    """Everything at one instant; `budget_changes` are the last ones, oldest first."""
 
     device: str
     tiers: tuple[TierStats, ...]
@@ -139,6 +196,7 @@ class CacheStats:
     num_waiting: int
     num_moving: int
     counters: Counters
+    budget_changes: tuple[BudgetChange, ...] = ()
 
     def tier(self, tier: Tier) -> TierStats:
         """The figures of one tier."""
@@ -154,12 +212,14 @@ class Health:
         oldest_wait_s: Age of the oldest waiting request; `None` if nobody waits.
         last_step_s: Seconds since the driver last did something.
         device: ``ok``, or what it failed with.
+        pressure: Which budgets are lowered for a while, and which figures are no longer to be had, in words.
     """
 
     is_ready: bool
     oldest_wait_s: float | None
     last_step_s: float
     device: str
+    pressure: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from modelcache.core.machine import Budgets
 from modelcache.core.policy import POLICIES, EvictionPolicy
 from modelcache.progress import ProgressBars
 from modelcache.runtime.driver import Driver
+from modelcache.runtime.governor import Gauge
 from modelcache.runtime.ports import Clock, Mover, Pool, Progress
 from modelcache.runtime.threads import SystemClock, ThreadPool
 from modelcache.spec import ModelSpec
@@ -54,6 +55,8 @@ class Parts:
         idle_s: For models that do not say.
         lease_sites: Note where leases are taken.
         specs: Models to register at start, and `preload`, their names to bring up.
+        gauge: Measures the memory under the budgets while the cache runs; `None` leaves them as they are.
+        vram_share: The share of the device, less what others hold, that the VRAM budget was meant as.
     """
 
     budgets: Budgets
@@ -70,6 +73,8 @@ class Parts:
     lease_sites: bool = False
     specs: tuple[ModelSpec, ...] = ()
     preload: tuple[str, ...] = ()
+    gauge: Gauge | None = None
+    vram_share: float = 1.0
 
 
 #: A keyword of `ModelCache`, and the key of the file that means the same.
@@ -77,11 +82,14 @@ _KEYS = {
     "vram": "budgets.vram",
     "ram": "budgets.ram",
     "page_locked": "budgets.page_locked",
+    "ram_spare": "budgets.ram_spare",
     "disk": "budgets.disk",
     "device": "device",
+    "memory": "memory",
     "policy": "policy.evict",
     "when_full": "policy.when_full",
     "idle": "policy.idle",
+    "pressure": "policy.pressure",
     "max_waiters": "max_waiters",
     "image_dir": "image_dir",
     "segment": "segment",
@@ -234,12 +242,12 @@ def read_size(size: int | str) -> int:
 def _build(
     settings: Settings, device: Device | None, origins: Mapping[Any, Any], specs: tuple[ModelSpec, ...] = ()
 ) -> Parts:
-    from modelcache.config.budgets import resolve_budgets
+    from modelcache.config.budgets import resolve_budgets, vram_share
     from modelcache.dataplane.mover import TorchMover
 
     owned = device is None
     device = device or _open_device(settings)
-    image_dir = _image_dir(settings)
+    image_dir, pool = _image_dir(settings), ThreadPool()
     try:
         bytes_of = resolve_budgets(settings, _totals(device, image_dir), origins)
         for line in bytes_of.lines:
@@ -249,7 +257,10 @@ def _build(
             device,
             segment_bytes=settings.segment,
             image_dir=image_dir if spills else None,
+            disk_bytes=bytes_of.disk_bytes,
             page_locked_bytes=bytes_of.page_locked_bytes,
+            spare_bytes=bytes_of.ram_spare_bytes,
+            spawn=pool.spawn,
         )
     except BaseException:
         if owned:
@@ -266,7 +277,7 @@ def _build(
 
     return Parts(
         Budgets(
-            bytes_of.ram_bytes,
+            bytes_of.ram_bytes - bytes_of.ram_spare_bytes,
             bytes_of.vram_bytes,
             bytes_of.disk_bytes,
             top,
@@ -276,7 +287,7 @@ def _build(
         ),
         mover,
         clock,
-        ThreadPool(),
+        pool,
         device.name,
         lambda: device.torch_device,
         lambda: Room(device.free_bytes() if device.holds_copies else 0, mover.live_ram_bytes),
@@ -287,17 +298,28 @@ def _build(
         settings.lease_sites,
         specs,
         settings.preload,
+        _gauge(device, clock) if settings.policy.pressure == "watch" else None,
+        vram_share(settings),
     )
+
+
+def _gauge(device: Device, clock: Clock) -> Gauge:
+    from modelcache.config.layers import cuda_variables
+    from modelcache.dataplane.probe_gauge import gauge_of
+
+    visible, order = cuda_variables()
+    return gauge_of(device, clock.now_s, visible=visible, order=order)
 
 
 def _open_device(settings: Settings) -> Device:
     from modelcache.dataplane.device import open_device
 
     if settings.device != "simulated":
-        return open_device(settings.device)
+        return open_device(settings.device, memory=settings.memory)
     simulated = settings.simulated
     return open_device(
         "simulated",
+        memory=settings.memory,
         capacity_bytes=simulated.capacity,
         link_bytes_per_s=float(simulated.link),
         rounding=simulated.rounding,

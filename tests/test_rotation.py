@@ -28,7 +28,7 @@ def cache(request):
     device = SimulatedDevice(4 << 20, link_bytes_per_s=None)
     vram = NUM_FIT * MODEL_BYTES + getattr(request, "param", 0)
     with ModelCache(
-        device=device, vram=vram, ram=NUM_MODELS * MODEL_BYTES, segment=SEGMENT_BYTES, progress=False
+        device=device, vram=vram, ram=NUM_MODELS * MODEL_BYTES, ram_spare="none", segment=SEGMENT_BYTES, progress=False
     ) as made:
         for seed, name in enumerate(NAMES):
             made.register(name, lambda seed=seed: net(seed))

@@ -39,6 +39,9 @@ and `policy` and most of the top level are also arguments of `ModelCache(...)`, 
   all of them at once. `modelcache config check FILE` imports and loads nothing; it ends with 2 when the file cannot
   be used.
 
+What `policy.pressure: watch` does is on a [page of its own](pressure.md); so is what lies in `image_dir`, what of it is
+kept for the next start, and [how to clear it](image_files.md).
+
 `configs/workstation_24gb.yaml` shows every key in use. An editor checks files as you type with
 `configs/modelcache.schema.json`, or `modelcache config schema`. `MODELCACHE_CONFIG` names the file for commands that
 are given none.

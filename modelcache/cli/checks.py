@@ -19,6 +19,7 @@ from modelcache import MachineReport, Reading, Unavailable, format_bytes
 _LEAST_PYTHON = (3, 11)
 _LITTLE_LOCKABLE_BYTES = 1 << 30
 _LEAST_DISK_BYTES = 64 << 20
+_MANY_STALLS_PERCENT = 10.0
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)\s*>=\s*([0-9.]+)")
 # Run apart: importing torch takes seconds, and a broken CUDA installation may end the process that does it.
 _ASK_TORCH = """
@@ -187,6 +188,19 @@ def check_ram(ram: Reading) -> Check:
     host = next(figure.size_bytes for figure in ram.figures if figure.source == "psutil" and figure.what == "total")
     limited = f"{found}; limited by {ram.source} (the host has {format_bytes(host)})"
     return Check("ram", State.NOTE, limited)
+
+
+def check_stalls(machine: MachineReport) -> Check:
+    """How much processes stand still for want of memory."""
+    stalls = machine.stalls
+    if stalls is None:
+        return Check("memory stalls", State.NOTE, "the kernel does not tell (no PSI); 'policy.pressure: watch' works")
+    found = f"{stalls.some_percent:.1f} % of the last 10 s ({stalls.source})"
+    if stalls.some_percent > _MANY_STALLS_PERCENT:
+        return Check(
+            "memory stalls", State.WARNING, found, "free memory, lower budgets.ram, or set policy.pressure: watch"
+        )
+    return Check("memory stalls", State.OK, found)
 
 
 def check_lockable(limit_bytes: int, has_cards: bool) -> Check:

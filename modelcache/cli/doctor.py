@@ -25,6 +25,7 @@ from modelcache.cli.checks import (
     check_nvml,
     check_python,
     check_ram,
+    check_stalls,
     check_torch,
     check_wsl,
 )
@@ -72,6 +73,7 @@ def _checks(disk: Path | None) -> Iterator[Check]:
     yield check_nvml(machine, any(Path(path).exists() for path in _DRIVER_FILES))
     yield from check_devices(machine, os.getpid())
     yield check_ram(machine.ram)
+    yield check_stalls(machine)
     yield check_lockable(_lockable_bytes(), bool(machine.devices))
     yield from check_wsl(_kernel())
     yield from check_distributions(_versions(requirements), requirements)

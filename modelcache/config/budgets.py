@@ -15,6 +15,7 @@ VRAM_SHARE = 0.8
 RAM_SHARE = 0.5
 PAGE_LOCKED_SHARE_OF_BUDGET = 0.5
 DISK_SHARE = 0.5
+LARGEST_SPARE_SHARE_OF_BUDGET = 1 / 32  # a budget below 32 segments needs its last one
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +49,16 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class TierBudgets:
-    """Bytes per tier. `page_locked_bytes` is part of `ram_bytes`; 0 of `disk_bytes` means that nothing is spilled.
+    """Bytes per tier. 0 of `disk_bytes` means that nothing is spilled.
+
+    `page_locked_bytes` and `ram_spare_bytes` are parts of `ram_bytes`.
 
     Attributes:
         vram_bytes: 0 on a host-only machine.
         ram_bytes: The RAM tier.
         page_locked_bytes: How much of the RAM tier may be page-locked.
         disk_bytes: Image files.
+        ram_spare_bytes: How much of the RAM tier is kept ready ahead of demand, and is not for models.
         lines: One line for people per budget: how it came about, and what is not used.
     """
 
@@ -63,6 +67,7 @@ class TierBudgets:
     page_locked_bytes: int
     disk_bytes: int
     lines: tuple[str, ...] = ()
+    ram_spare_bytes: int = 0
 
 
 def resolve_budgets(
@@ -85,10 +90,17 @@ def resolve_budgets(
     vram = sums.vram()
     ram = sums.ram(vram)
     page_locked = sums.page_locked(ram)
+    ram_spare = sums.ram_spare(ram)
     disk = sums.disk()
     if sums.findings:
         raise ConfigError(tuple(sums.findings))
-    return TierBudgets(vram, ram, page_locked, disk, tuple(sums.lines))
+    return TierBudgets(vram, ram, page_locked, disk, tuple(sums.lines), ram_spare)
+
+
+def vram_share(settings: Settings) -> float:
+    """The share of the device, less what others hold, that the VRAM budget was given as; 1 for a size."""
+    asked = settings.budgets.vram
+    return asked.fraction if isinstance(asked, Share) else VRAM_SHARE if isinstance(asked, Auto) else 1.0
 
 
 @dataclass(slots=True)
@@ -104,6 +116,8 @@ class _Sums:
         if totals.device == "host_only":
             if not isinstance(asked, Auto):
                 self.lines.append(f"budgets.vram {asked}: not used, RAM is the top tier on this machine")
+            if self.settings.memory != "allocated":
+                self.lines.append(f"memory {self.settings.memory}: not used, there is no device memory")
             return 0
         if totals.is_unified:
             return self._of(
@@ -150,6 +164,24 @@ class _Sums:
                 "part; lower it or raise budgets.ram",
             )
         return page_locked_bytes
+
+    def ram_spare(self, ram_bytes: int) -> int:
+        asked, segment_bytes = self.settings.budgets.ram_spare, self.settings.segment
+        if isinstance(asked, Auto):
+            spare_bytes = segment_bytes if segment_bytes <= ram_bytes * LARGEST_SPARE_SHARE_OF_BUDGET else 0
+            if spare_bytes:
+                self.lines.append(f"budgets.ram_spare {format_bytes(spare_bytes)}: one segment of the RAM budget")
+            return spare_bytes
+        if isinstance(asked, Absolute) and asked.size_bytes == 0:
+            return 0
+        spare_bytes = self._of("ram_spare", asked, self.totals.ram_bytes, self.totals.ram_others_bytes, 0.0, "RAM")
+        if spare_bytes >= ram_bytes > 0:
+            self._report(
+                "ram_spare",
+                f"{format_bytes(spare_bytes)} leaves nothing of budgets.ram, {format_bytes(ram_bytes)}, of which it "
+                "is a part; lower it or raise budgets.ram",
+            )
+        return spare_bytes
 
     def disk(self) -> int:
         asked, free_bytes = self.settings.budgets.disk, self.totals.disk_free_bytes

@@ -197,6 +197,9 @@ class Crossing:
                 if word(budgets.get(key)) not in {None, "auto", "none"}:
                     message = "not used with 'device: host_only', where RAM is the top tier"
                     self.report(("budgets", key), message, severity="warning")
+            if word(self.tree.get("memory")) not in {None, "allocated"}:
+                message = "not used with 'device: host_only', where there is no device memory"
+                self.report(("memory",), message, severity="warning")
         if word(self.tree.get("image_dir")) is not None and word(budgets.get("disk")) in {None, "none"}:
             message = "not used without budgets.disk; set that as well, to 100GiB or the like"
             self.report(("image_dir",), message, at_key=True, severity="warning")

@@ -31,6 +31,7 @@ _PERCENT_PATTERN = r"^\s*[0-9]+(\.[0-9]+)?\s*%\s*$"
 _ENTRY_PATTERN = r"^[^\s:]+:[^\s:]+$"
 
 ROUNDINGS = ("exact", "512", "2MiB", "power_of_two")
+MEMORIES = ("allocated", "mapped")
 
 Json = dict[str, Any]
 
@@ -114,11 +115,19 @@ class BudgetSettings(Section):
             'machine. A size, a share of RAM, "none", or "auto": half of the RAM budget.'
         ),
     )
+    ram_spare: OptionalBudget = Field(
+        default_factory=Auto,
+        description=(
+            "How much of the RAM budget is kept mapped and touched ahead of the next load, so that it does not wait "
+            'for memory. A size, a share of RAM, "none", or "auto": one segment, or nothing where that is more than '
+            "1/32 of the RAM budget."
+        ),
+    )
     disk: OptionalBudget = Field(
         default_factory=lambda: NOTHING,
         description=(
-            'Image files of models that cannot be read again. A size, a share of the free disk, "auto": 50%, or '
-            '"none" (the default): nothing is spilled to disk.'
+            "Image files: of models that cannot be read again, and of those that load slowly, for the next start. A "
+            'size, a share of the free disk, "auto": 50%, or "none" (the default): nothing is spilled or kept.'
         ),
     )
 
@@ -139,6 +148,17 @@ class PolicySettings(Section):
     ] = Field(
         default="wait",
         description='When every model that could make room is in use: "wait" (default) or "reject" at once.',
+    )
+    pressure: Annotated[str, PlainValidator(values.one_of("off", "watch")), WithJsonSchema(_words("off", "watch"))] = (
+        Field(
+            default="off",
+            description=(
+                'When memory gets short while the cache runs: "off" (default), budgets stay as they are; or "watch": '
+                "the control group, stalls (PSI) and the device's other users are looked at each second, the budgets "
+                "of RAM and VRAM are lowered so that idle models give room, and raised again after a quiet while, "
+                "never above what was configured."
+            ),
+        )
     )
 
 
@@ -253,6 +273,14 @@ class Settings(Section):
         description=(
             "Where models run: cuda:N, simulated (no GPU needed), host_only (RAM is the top tier), or auto (default): "
             "cuda:0 if there is one, host_only if not."
+        ),
+    )
+    memory: Annotated[str, PlainValidator(values.one_of(*MEMORIES)), WithJsonSchema(_words(*MEMORIES))] = Field(
+        default="allocated",
+        description=(
+            'How models get memory of the device: "allocated" (default) anew each time, or "mapped" below addresses '
+            "that they keep for life, which CUDA graphs and compiled models need. On CUDA that takes the package "
+            "cuda-bindings. On a host-only machine it is not used."
         ),
     )
     budgets: Annotated[BudgetSettings, BeforeValidator(_no_null)] = Field(

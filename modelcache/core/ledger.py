@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from modelcache.tier import Tier
+from modelcache.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,8 @@ class Account:
 
     Bytes are claimed when planned, reserved when their room is confirmed, committed when landed, cancelled when
     failed; given-up bytes drain until they are confirmed free. A lowered budget is a target first, and binds as fast
-    as bytes are given up.
+    as bytes are given up. `configured_bytes` is what the target returns to when `pressure`, the reason why it was
+    lowered for a while, is over.
 
     Invariant: ``resident + reserved + draining <= budget`` and ``claimed <= free + draining``, all in bytes, none
     below 0, where ``budget`` is `budget_bytes`.
@@ -44,10 +46,14 @@ class Account:
     reserved_bytes: int = 0
     draining_bytes: int = 0
     claimed_bytes: int = 0
+    configured_bytes: int = -1
+    pressure: str = ""
 
     def __post_init__(self) -> None:
         if self.target_bytes < 0:
             self.target_bytes = self.budget_bytes
+        if self.configured_bytes < 0:
+            self.configured_bytes = self.target_bytes
 
     @property
     def free_bytes(self) -> int:
@@ -63,6 +69,13 @@ class Account:
     def deficit_bytes(self) -> int:
         """How far the budget still is above its target."""
         return self.budget_bytes - self.target_bytes
+
+    def pressure_on(self, tier: Tier) -> str:
+        """Why the budget of `tier`, whose account this is, is lower than configured; empty when it is not."""
+        if not self.pressure:
+            return ""
+        configured, target = format_bytes(self.configured_bytes), format_bytes(self.target_bytes)
+        return f"budgets.{tier} is lowered from {configured} to {target} for now: {self.pressure}"
 
     def claim(self, n_bytes: int) -> None:
         """Count on bytes that are free now or will be when the planned drains are confirmed."""
@@ -112,10 +125,16 @@ class Account:
         self.resident_bytes += n_bytes
         self.validate()
 
-    def retarget(self, budget_bytes: int) -> None:
-        """Change the budget, at once where it grows, as bytes are given up where it shrinks."""
+    def retarget(self, budget_bytes: int, why: str = "") -> None:
+        """Change the budget, at once where it grows, as bytes are given up where it shrinks.
+
+        With a reason it is for a while: the configured budget stays what it was, and is never exceeded.
+        """
         assert budget_bytes >= 0
-        self.target_bytes = budget_bytes
+        if not why:
+            self.configured_bytes = budget_bytes
+        self.target_bytes = min(budget_bytes, self.configured_bytes)
+        self.pressure = why if self.target_bytes < self.configured_bytes else ""
         self.settle()
 
     def settle(self) -> None:
@@ -125,7 +144,8 @@ class Account:
 
     def validate(self) -> None:
         """Assert the invariant."""
-        assert all(getattr(self, field.name) >= 0 for field in fields(self)), self
+        assert min(self.figures()) >= 0, self
+        assert self.target_bytes <= self.configured_bytes, self
         assert self.free_bytes >= 0, self
         assert self.claimed_bytes <= self.free_bytes + self.draining_bytes, self
 
@@ -138,6 +158,8 @@ class Account:
             self.reserved_bytes,
             self.draining_bytes,
             self.claimed_bytes,
+            self.configured_bytes,
+            self.pressure,
         )
 
     def figures(self) -> tuple[int, ...]:
@@ -149,4 +171,5 @@ class Account:
             self.reserved_bytes,
             self.draining_bytes,
             self.claimed_bytes,
+            self.configured_bytes,
         )

@@ -57,11 +57,11 @@ from modelcache.core.records import Books, GateReading, Loading, Model, Part, Wa
 from modelcache.core.wants import Wants
 from modelcache.errors import (
     CacheClosedError,
+    CapacityError,
     DeviceMemoryError,
     DevicePoisonedError,
     InvalidTransitionError,
     LeaseError,
-    ModelTooLargeError,
     QueueFullError,
     UnknownModelError,
 )
@@ -262,7 +262,7 @@ class Machine:
         else:
             self.waiting[waiting.ticket] = waiting
             if isinstance(waiting.want, WantBudget):
-                self.books.account(waiting.want.tier).retarget(waiting.want.budget_bytes)
+                self.books.account(waiting.want.tier).retarget(waiting.want.budget_bytes, waiting.want.why)
             elif isinstance(waiting.want, WantGone) and waiting.want.name in self.books.models:
                 self.books.models[waiting.want.name].is_leaving = True
                 self.touched[waiting.want.name] = None
@@ -500,7 +500,7 @@ class Machine:
     def _load_failed(self, model: Model, error: Exception) -> None:
         model.loading = Loading.FAILED
         model.error = error
-        if isinstance(error, ModelTooLargeError):
+        if isinstance(error, CapacityError):
             # The loader did its part; its model is too large for now, which the next request is told before a load.
             self.refuse_all(model.spec.name, error)
             return

@@ -57,10 +57,15 @@ class WantRoom:
 
 @dataclass(frozen=True, slots=True)
 class WantBudget:
-    """Change the budget of a tier; lowered as far as leases allow, the rest when they are returned."""
+    """Change the budget of a tier; lowered as far as leases allow, the rest when they are returned.
+
+    `why` is set for a change that is not meant to last: it never exceeds the budget last set without one, and whoever
+    is refused for want of what it took away is told why.
+    """
 
     tier: Tier
     budget_bytes: int
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,6 +105,12 @@ class _Draft:
             self.ram -= giving.frees.ram - giving.needs.ram
             self.disk += giving.needs.disk
 
+    def ram_left(self, part: Part) -> int:
+        """What giving a part up whole would free in RAM beyond what was taken of it so far."""
+        giving = self.givings.get(part.facts.part)
+        taken = giving.frees.ram - giving.needs.ram if giving is not None else 0
+        return part.room(part.residency).ram - taken
+
     def take_workspace(self, model: Model) -> None:
         """Let an idle model give up its workspace."""
         name, size = model.spec.name, model.workspace_bytes
@@ -281,6 +287,9 @@ class Planner:
             if draft.ram >= 0:
                 return
             if part.is_cold or not self.may_leave_whole(part):
+                continue
+            if draft.vram >= 0 and draft.ram_left(part) <= 0:
+                # All that RAM has of it goes already: giving up what VRAM holds too would bring nothing.
                 continue
             if part.rereadable:
                 draft.take(part, Residency(0, part.n))

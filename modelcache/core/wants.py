@@ -22,6 +22,7 @@ from modelcache.core.planner import Cause, Giving, Plan, Refusal
 from modelcache.core.records import Flight, Loading, Model, Part, Waiting
 from modelcache.errors import (
     BudgetExhaustedError,
+    CapacityError,
     LeaseCycleError,
     LeaseError,
     ModelTooLargeError,
@@ -138,7 +139,7 @@ class Wants:
                     return True
         return False
 
-    def _known_too_large(self, model: Model) -> ModelTooLargeError | None:
+    def _known_too_large(self, model: Model) -> CapacityError | None:
         """Whether a load could only end in a refusal.
 
         A size above the VRAM budget does not say so for a loader of the user's own: it may dispatch.
@@ -153,10 +154,17 @@ class Wants:
         else:
             needs = Room(size + workspace if model.spec.loader.kind is not None else workspace, size)
         for tier in (Tier.VRAM, Tier.RAM):
-            budget = books.account(tier).target_bytes
-            if needs.of(tier) > budget:
-                return ModelTooLargeError(model.spec.name, str(tier), needs.of(tier), budget)
+            if needs.of(tier) > books.account(tier).target_bytes:
+                return self._over_budget(model.spec.name, tier, needs.of(tier))
         return None
+
+    def _over_budget(self, label: str, tier: Tier, needed_bytes: int, detail: str = "") -> CapacityError:
+        """Why that much can never be had; where the budget is lowered for a while, why it cannot be had now."""
+        account = self._m.books.account(tier)
+        if needed_bytes > account.configured_bytes or not account.pressure:
+            return ModelTooLargeError(label, str(tier), needed_bytes, account.target_bytes, detail)
+        why = account.pressure_on(tier)
+        return BudgetExhaustedError(label, str(tier), needed_bytes, account.target_bytes, (), detail, why)
 
     def loaded(self, model: Model, facts: LoadedFacts) -> None:
         """Take the facts of a first load; a model that no budget could hold is dropped at once."""
@@ -180,7 +188,7 @@ class Wants:
         else:
             m.arm_idle(model)
 
-    def _unload(self, model: Model, error: ModelTooLargeError) -> None:
+    def _unload(self, model: Model, error: CapacityError) -> None:
         # Its bytes are still the loader's. Its size is known now, so that the next request is refused before anything
         # is read. Until they are let go, the load is not over.
         m, name = self._m, model.spec.name
@@ -192,15 +200,15 @@ class Wants:
         m.loading_names[name] = None
         m.emit(Unload(name, model.generation, error))
 
-    def _too_large(self, names: Iterable[str]) -> ModelTooLargeError | None:
+    def _too_large(self, names: Iterable[str]) -> CapacityError | None:
         m = self._m
         names = tuple(names)
         needs, label = self._needs_alone(names), " + ".join(names)
         if needs.vram > m.books.vram.target_bytes:
             models = [m.books.models[name] for name in names]
-            return ModelTooLargeError(label, "vram", needs.vram, m.books.vram.target_bytes, _detail(needs.vram, models))
+            return self._over_budget(label, Tier.VRAM, needs.vram, _detail(needs.vram, models))
         if needs.ram > m.books.ram.target_bytes:
-            return ModelTooLargeError(label, "ram", needs.ram, m.books.ram.target_bytes)
+            return self._over_budget(label, Tier.RAM, needs.ram)
         return None
 
     def _needs_alone(self, names: tuple[str, ...]) -> Room:
@@ -425,10 +433,19 @@ class Wants:
             m.refuse(waiting, self._exhausted(waiting, refusal, leased))
             return
         self.wait_for_leases(waiting, leased)
+        if pressure := m.books.account(refusal.tier).pressure_on(refusal.tier):
+            waiting.why += f"; {pressure}"
 
     def _exhausted(self, waiting: Waiting, refusal: Refusal, leased: tuple[str, ...]) -> BudgetExhaustedError:
+        pressure = self._m.books.account(refusal.tier).pressure_on(refusal.tier)
         return BudgetExhaustedError(
-            waiting.label, str(refusal.tier), refusal.needed_bytes, refusal.free_bytes, leased, refusal.reason
+            waiting.label,
+            str(refusal.tier),
+            refusal.needed_bytes,
+            refusal.free_bytes,
+            leased,
+            refusal.reason,
+            pressure,
         )
 
     def _leased(self, waiting: Waiting) -> tuple[str, ...]:
@@ -554,8 +571,7 @@ class Wants:
         needs = Room(**{want.tier.value: want.size_bytes})
         if waiting.claims is None:
             if want.size_bytes > account.target_bytes:
-                tier = str(want.tier)
-                m.refuse(waiting, ModelTooLargeError("room", tier, want.size_bytes, account.target_bytes))
+                m.refuse(waiting, self._over_budget("room", want.tier, want.size_bytes))
                 return
             reason = Reason.PRESSURE if want.hold else Reason.EXPLICIT
             if not self._plan(waiting, needs, (), reason):

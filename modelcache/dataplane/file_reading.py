@@ -2,8 +2,10 @@
 
 The one reader of weights: whoever fills tensors from safetensors or ``.dat`` files comes here. Nothing is mapped: a
 mapping would still depend on the file after the tensor is handed out, and a file cut short underneath it would end the
-process. A file is the file it was when the tensor was found in it, before and after each piece of it is read: a
-replaced, rewritten or shortened file is an error and never a mixture of two.
+process. A file of which the system has little in memory is read past its page cache (`file_ways.py`).
+
+A file is the file it was when the tensor was found in it, before and after each piece of it is read: a replaced,
+rewritten or shortened file is an error and never a mixture of two.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ from pathlib import Path
 
 import torch
 
+from modelcache.dataplane.direct_reading import EndsError, NotDirectError, Range, direct, read_direct
+from modelcache.dataplane.file_ways import Passing, Way, Ways
 from modelcache.dataplane.fresh_pages import ask_for_pages, has_pages
 from modelcache.dataplane.weight_files import FileBytes, FileProblemError
 from modelcache.errors import WeightsError
 from modelcache.headers import FileIdentity, regular_file
 
-_PIECE_BYTES = 8 << 20  # what a worker reads before it reports
+_PIECE_BYTES = 12 << 20  # what a worker reads before it reports
 _MAX_BUFFERS = 1024  # of one read; the system allows no more
 _PAGES_BYTES = 256 << 10  # what a worker reads with pages made for it before
 _CONVERT_BYTES = 4 << 20  # what a worker reads before it converts
@@ -95,7 +99,7 @@ def read_tensor(place: FileBytes) -> torch.Tensor:
 def read_into(
     wanted: Sequence[tuple[FileBytes, torch.Tensor]],
     report: Report | None = None,
-    num_workers: int = 4,
+    num_workers: int | None = None,
 ) -> None:
     """Read tensors from files into memory that is there already.
 
@@ -106,7 +110,7 @@ def read_into(
     Args:
         wanted: Where each tensor's bytes are, and the tensor on the CPU that gets them, of the same shape.
         report: Called in this thread with the bytes read since the last call. What it raises ends the work.
-        num_workers: Threads that read.
+        num_workers: Threads that read; as many as suit the files when not given.
 
     Raises:
         UnreadableError: A file is missing, damaged, or not the file it was when the tensor was found (`ChangedError`).
@@ -118,8 +122,12 @@ def read_into(
             found = f"{tuple(tensor.shape)} on {tensor.device}"
             raise ValueError(f"tensor {position} is {found}; the data in {place.path} has shape {place.shape}")
     order = in_file_order([place for place, _ in wanted])
+    ways = Ways()
+    if num_workers is None:
+        num_workers = ways.num_workers([place.path for _, place in order])
     # Closed here and not when somebody drops the error: until then workers would write into the caller's memory.
-    with closing(reading(((position, place, wanted[position][1]) for position, place in order), num_workers)) as pieces:
+    placed = ((position, place, wanted[position][1]) for position, place in order)
+    with closing(reading(placed, num_workers, ways)) as pieces:
         for piece in pieces:
             if report is not None:
                 report(sum(segment.size_bytes for segment in piece))
@@ -152,7 +160,9 @@ class Segment:
     is_last: bool
 
 
-def reading(wanted: Iterable[tuple[int, FileBytes, torch.Tensor]], num_workers: int) -> Generator[list[Segment]]:
+def reading(
+    wanted: Iterable[tuple[int, FileBytes, torch.Tensor]], num_workers: int, ways: Ways | None = None
+) -> Generator[list[Segment]]:
     """Read tensors in the order given, which had better be that of the files, and yield what has been read, in order.
 
     Tensors are taken from `wanted` only shortly before they are read, so that it may make them then. A few pieces are
@@ -162,17 +172,18 @@ def reading(wanted: Iterable[tuple[int, FileBytes, torch.Tensor]], num_workers: 
         UnreadableError: As for `read_into`. No worker is left behind, also when the generator is closed early, which
             the caller has to do.
     """
+    ways = ways or Ways()
     pieces = _pieces(wanted)
     first, second = next(pieces, None), next(pieces, None)
     if first is not None and (second is None or num_workers == 1):
         for piece in chain((first,), () if second is None else (second,), pieces):
-            _read_piece(piece)
+            _read_piece(piece, ways)
             yield piece
     elif first is not None and second is not None:
-        yield from _read_ahead(chain((first, second), pieces), num_workers)
+        yield from _read_ahead(chain((first, second), pieces), num_workers, ways)
 
 
-def _read_ahead(pieces: Iterable[list[Segment]], num_workers: int) -> Iterator[list[Segment]]:
+def _read_ahead(pieces: Iterable[list[Segment]], num_workers: int, ways: Ways) -> Iterator[list[Segment]]:
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="modelcache-read")
     ahead: deque[tuple[list[Segment], Future[None]]] = deque()
     try:
@@ -182,7 +193,7 @@ def _read_ahead(pieces: Iterable[list[Segment]], num_workers: int) -> Iterator[l
                 done, future = ahead.popleft()
                 future.result()
                 yield done
-            ahead.append((piece, pool.submit(_read_piece, piece)))
+            ahead.append((piece, pool.submit(_read_piece, piece, ways)))
         while ahead:
             done, future = ahead.popleft()
             future.result()
@@ -197,7 +208,8 @@ def _pieces(wanted: Iterable[tuple[int, FileBytes, torch.Tensor]]) -> Iterator[l
     piece_bytes = 0
     for position, place, tensor in wanted:
         for segment in _segments(position, place, tensor):
-            if piece and (piece_bytes + segment.size_bytes > _PIECE_BYTES or len(piece) == _MAX_BUFFERS):
+            # Half as much again is no harm, and better than a piece of half the size.
+            if piece and (2 * (piece_bytes + segment.size_bytes) > 3 * _PIECE_BYTES or len(piece) == _MAX_BUFFERS):
                 yield piece
                 piece, piece_bytes = [], 0
             piece.append(segment)
@@ -240,7 +252,7 @@ def _split(target: torch.Tensor, offset: int, item_bytes: int) -> Iterator[tuple
         yield target[start : start + step], offset + start * row_bytes
 
 
-def _read_piece(piece: Sequence[Segment]) -> None:
+def _read_piece(piece: Sequence[Segment], ways: Ways) -> None:
     """Any thread."""
     for _, of_file in groupby(piece, key=lambda segment: (segment.place.path, segment.place.identity)):
         segments = list(of_file)
@@ -248,7 +260,7 @@ def _read_piece(piece: Sequence[Segment]) -> None:
         try:
             with regular_file(Path(place.path)) as (descriptor, found):
                 _refuse_changed(place, found, position)
-                _read_segments(descriptor, segments)
+                _read_in_its_way(descriptor, found, segments, ways)
             # By path: the descriptor would still read the old file when the path was given to a new one.
             _refuse_changed(place, os.stat(place.path), position)  # noqa: PTH116, as in `find_dat`
         except WeightsError as error:
@@ -260,28 +272,66 @@ def _read_piece(piece: Sequence[Segment]) -> None:
             raise UnreadableError(place.path, f"reading failed: {error.strerror or error}", position) from error
 
 
+def _read_in_its_way(descriptor: int, found: os.stat_result, segments: list[Segment], ways: Ways) -> None:
+    way = ways.of(descriptor, found)
+    if way is Way.DIRECT:
+        try:
+            _read_directly(descriptor, segments, ways)
+        except NotDirectError:
+            ways.refused(found)
+            way = Way.PASSING
+    if way is Way.PASSING:
+        begin, last = segments[0].offset, segments[-1]
+        passing = Passing(descriptor, begin, last.offset + last.size_bytes - begin)
+        _read_segments(descriptor, segments)
+        passing.end()
+    elif way is Way.CACHED:
+        _read_segments(descriptor, segments)
+
+
+def _read_directly(descriptor: int, segments: Iterable[Segment], ways: Ways) -> None:
+    ranges: list[Range] = []
+    raws: list[tuple[Segment, torch.Tensor, torch.Tensor]] = []
+    with_bytes = [segment for segment in segments if segment.size_bytes]
+    for segment in with_bytes:
+        memory = segment.memory
+        if segment.target is not None:
+            raws.append((segment, segment.target, _raw_of(segment, segment.target)))
+            memory = bytes_of(raws[-1][2])
+        assert memory is not None
+        if memory.nbytes > _PAGES_BYTES and not has_pages(memory):
+            ask_for_pages(memory)
+        ranges.append(Range(segment.offset, memory))
+    try:
+        with direct(descriptor):
+            read_direct(descriptor, ranges, ways.bounces.mine())
+    except EndsError as error:
+        segment = next(each for each in with_bytes if each.offset + each.size_bytes > error.offset)
+        raise _ended(segment, max(segment.offset, error.offset)) from None
+    for segment, target, raw in raws:
+        _cast(segment, target, raw)
+
+
 def _read_segments(descriptor: int, segments: Iterable[Segment]) -> None:
     run: list[Segment] = []
     for segment in segments:
         memory = segment.memory
-        is_alone = memory is None or segment.size_bytes > _PAGES_BYTES
+        is_alone = memory is None or (segment.size_bytes > _PAGES_BYTES and not has_pages(memory))
         if run and (is_alone or segment.offset != run[-1].offset + run[-1].size_bytes):
             _fill(descriptor, run, [part.memory for part in run if part.memory is not None])
             run = []
         if segment.target is not None:
             _convert(descriptor, segment, segment.target)
         elif memory is not None and is_alone:
-            _fill_alone(descriptor, segment, memory)
+            _fill_fresh(descriptor, segment, memory)
         elif segment.size_bytes:
             run.append(segment)
     if run:
         _fill(descriptor, run, [part.memory for part in run if part.memory is not None])
 
 
-def _fill_alone(descriptor: int, segment: Segment, memory: memoryview) -> None:
-    if has_pages(memory):
-        _fill(descriptor, [segment], [memory])
-        return
+def _fill_fresh(descriptor: int, segment: Segment, memory: memoryview) -> None:
+    """Read into memory that has no pages yet."""
     for start in range(0, segment.size_bytes, _PAGES_BYTES):
         part = memory[start : start + _PAGES_BYTES]
         ask_for_pages(part)
@@ -289,14 +339,27 @@ def _fill_alone(descriptor: int, segment: Segment, memory: memoryview) -> None:
 
 
 def _convert(descriptor: int, segment: Segment, target: torch.Tensor) -> None:
+    raw = _raw_of(segment, target)
+    if segment.size_bytes:
+        _fill(descriptor, [segment], [bytes_of(raw)])
+    _cast(segment, target, raw)
+
+
+def _raw_of(segment: Segment, target: torch.Tensor) -> torch.Tensor:
+    return new_tensor((target.numel(),), segment.place.dtype)
+
+
+def _cast(segment: Segment, target: torch.Tensor, raw: torch.Tensor) -> None:
     cast = segment.place.cast
     # The one mode in which tensors made inside and outside of it may both be written to.
     with torch.inference_mode():
-        raw = new_tensor((target.numel(),), segment.place.dtype)
-        if segment.size_bytes:
-            _fill(descriptor, [segment], [bytes_of(raw)])
         raw = raw.view(target.shape)
         target.copy_(raw if cast is None else raw.to(cast))
+
+
+def _ended(segment: Segment, offset: int) -> UnreadableError:
+    problem = f"the file ends at byte {offset:,}: it was shortened while it was read"
+    return UnreadableError(segment.place.path, problem, segment.position)
 
 
 def _fill(descriptor: int, run: Sequence[Segment], buffers: list[memoryview], start: int = 0) -> None:
@@ -317,8 +380,7 @@ def _fill(descriptor: int, run: Sequence[Segment], buffers: list[memoryview], st
             problem = f"reading failed at byte {offset:,}: {error.strerror or error}"
             raise UnreadableError(path, problem, position) from error
         if not count:
-            problem = f"the file ends at byte {offset:,}: it was shortened while it was read"
-            raise UnreadableError(path, problem, position)
+            raise _ended(run[first], offset)
         offset += count
         while first < len(buffers) and count >= len(buffers[first]):
             count -= len(buffers[first])

@@ -7,20 +7,30 @@ would, and the libraries are told so as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from modelcache.dataplane.adapters import modules_of, named_tensors
+from modelcache.dataplane.image import View, WeightImage
+from modelcache.dataplane.image_format import Described
+from modelcache.dataplane.kept_images import KeptImages
 from modelcache.dataplane.mapped_files import leave_to_files
-from modelcache.dataplane.matching import match_tensors
-from modelcache.dataplane.source import Built, Source
+from modelcache.dataplane.matching import Match, match_tensors
+from modelcache.dataplane.origin import Origin
+from modelcache.dataplane.skeletons import UnlikeError, facts_of, object_print, take_layout, transformers_skeleton
+from modelcache.dataplane.source import Built, Keepable, Source
+from modelcache.dataplane.weight_files import torch_dtype
 from modelcache.dataplane.weights import JoinedSource, KeptSource, RebuildSource, SafetensorsSource
 from modelcache.errors import LoaderError, WeightsError
 from modelcache.headers import Header, listing, model_headers, read_json, weight_places
 from modelcache.spec import ModelSpec
+
+_log = logging.getLogger("modelcache.dataplane")
 
 # Keys of model configurations that make libraries import or download code, and may come only from the caller.
 _CODE_KEYS = frozenset({"trust_remote_code", "custom_pipelines", "custom_pipeline"})
@@ -48,11 +58,13 @@ _KEPT_BYTES = 1 << 20
 _KEPT_FRACTION = 0.01
 
 
-def load_transformers(spec: ModelSpec, options: Mapping[str, object]) -> Built:
+def load_transformers(spec: ModelSpec, options: Mapping[str, object], kept: KeptImages | None = None) -> Built:
     """Load a transformers model, or with `task` a pipeline.
 
     Options: `path`, a folder; `dtype`; `task`, such as ``text-generation``; `model`, a class of
     transformers such as ``AutoModelForCausalLM``, by default the architecture that the folder's configuration names.
+
+    Where `kept` has an image of the model, it is built without its weights, and these are read from there.
 
     Raises:
         LoaderError: An option is wrong, or transformers refused the folder.
@@ -85,17 +97,110 @@ def load_transformers(spec: ModelSpec, options: Mapping[str, object]) -> Built:
         drawn.update(info["missing_keys"])
         return model.eval()
 
+    def rebuilding(names: Iterable[str]) -> RebuildSource:
+        again = partial(calling_library, spec, load)
+        return RebuildSource(again, frozenset(names), model_name=spec.name, loader=str(spec.loader))
+
+    origin = None if kept is None else _origin(spec, options, folder, headers, kept)
+    found = None if kept is None or origin is None else kept.find(origin)
+    if kept is not None and origin is not None and found is not None:
+        around = _around(spec, folder, found)
+        if around is not None:
+            keepable = Keepable(origin, _about(found.about), partial(_rebuild, folder, found.about), found)
+            return Built(around, rebuilding(named_tensors(around)), keepable)
+        kept.reject(found.file)
     model = calling_library(spec, load)
-    return Built(model, _source(spec, model, headers, lambda: calling_library(spec, load), drawn))
+    source, is_direct = _source(spec, model, headers, rebuilding, drawn)
+    if origin is None or source is None or is_direct or drawn or not _is_keepable(model):
+        return Built(model, source)
+    about = facts_of(model)
+    return Built(model, source, Keepable(origin, about, partial(_rebuild, folder, about)))
 
 
-def load_sentence_transformers(spec: ModelSpec, options: Mapping[str, object]) -> Built:
-    """Load a sentence-transformers model. Options: `path`, a folder; `dtype`.
+def _origin(
+    spec: ModelSpec, options: Mapping[str, object], folder: Path, headers: tuple[Header, ...], kept: KeptImages
+) -> Origin | None:
+    """What a bare model of transformers is made from; `None` if more goes into it than can be told."""
+    wanted = options.get("model")
+    is_foreign = wanted is not None and not isinstance(wanted, str) and not _is_of_transformers(wanted)
+    if options.get("task") is not None or is_foreign or (folder / "adapter_config.json").exists():
+        return None
+    facts = {
+        "loader": "transformers",
+        "path": str(folder),
+        "dtype": str(dtype_option(spec, options)),
+        "model": wanted if isinstance(wanted, str) else getattr(wanted, "__name__", None),
+        "segment": kept.segment_bytes,
+    }
+    small = {"config.json", "generation_config.json", *(path.name for path in folder.glob("*.index.json"))}
+    try:
+        return Origin.of(facts, [header.path for header in headers], [folder / name for name in small])
+    except OSError as error:
+        _log.warning("%s: no image of model=%s is kept or looked for", error, spec.name)
+        return None
+
+
+def _is_of_transformers(kind: object) -> bool:
+    import transformers
+
+    return isinstance(kind, type) and getattr(transformers, kind.__name__, None) is kind
+
+
+def _is_keepable(model: object) -> bool:
+    """Whether a model is one that transformers builds from its configuration alone."""
+    return (
+        isinstance(model, torch.nn.Module)
+        and _is_of_transformers(type(model))
+        and getattr(model, "hf_quantizer", None) is None
+        and all(tensor.numel() and type(tensor.data) is torch.Tensor for tensor in named_tensors(model).values())
+    )
+
+
+def _about(known: Mapping[str, object]) -> dict[str, object]:
+    return {name: known[name] for name in ("class", "dtype", "frozen", "conversions", "object")}
+
+
+def _around(spec: ModelSpec, folder: Path, found: Described) -> object | None:
+    """A model on ``meta`` whose bytes are in an image; `None`, with a warning, if they are another model's."""
+    try:
+        return _rebuild(folder, found.about, found.image, found.views)
+    except UnlikeError as error:
+        _log.warning("%s is not used for model=%s: %s", found.file.path, spec.name, error)
+    except Exception as error:  # libraries raise anything; the ordinary load will say what is wrong, if anything is
+        _log.warning(
+            "%s is not used for model=%s: %s: %s", found.file.path, spec.name, type(error).__name__, _first_line(error)
+        )
+    return None
+
+
+def _rebuild(folder: Path, about: Mapping[str, Any], image: WeightImage, views: Sequence[Mapping[str, View]]) -> object:
+    """Build a model on ``meta`` around an image.
+
+    Raises:
+        UnlikeError: It is not the model that the image was made of.
+    """
+    import transformers
+
+    model_class = getattr(transformers, str(about["class"]), None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise UnlikeError(f"{about['class']!r} is no model of transformers")
+    model = transformers_skeleton(model_class, folder, about)
+    if model is None:
+        raise UnlikeError("it cannot be built without its bytes")
+    take_layout(model, image, views)
+    if object_print(model) != about["object"]:
+        raise UnlikeError("it became another one than was loaded from the files")
+    return model
+
+
+def load_sentence_transformers(spec: ModelSpec, options: Mapping[str, object], kept: KeptImages | None = None) -> Built:
+    """Load a sentence-transformers model. Options: `path`, a folder; `dtype`. No images of it are kept.
 
     Raises:
         LoaderError: An option is wrong, the package is missing, or it refused the folder.
         WeightsError: The folder or its weights are missing, damaged, or would run code.
     """
+    del kept  # more goes into such a model than can be told from its folder
     folder = _folder(spec, options)
     headers = _checked_headers(spec, folder)
     for path in sorted({*folder.glob("*.json"), *folder.glob("*/*.json")}):
@@ -116,14 +221,22 @@ def load_sentence_transformers(spec: ModelSpec, options: Mapping[str, object]) -
             str(folder), device="cpu", local_files_only=True, trust_remote_code=False, model_kwargs=kwargs
         ).eval()
 
+    def rebuilding(names: Iterable[str]) -> RebuildSource:
+        again = partial(calling_library, spec, load)
+        return RebuildSource(again, frozenset(names), model_name=spec.name, loader=str(spec.loader))
+
     model = calling_library(spec, load)
-    return Built(model, _source(spec, model, headers, lambda: calling_library(spec, load), set()))
+    return Built(model, _source(spec, model, headers, rebuilding, set())[0])
 
 
 def _source(
-    spec: ModelSpec, model: object, headers: tuple[Header, ...], rebuild: Callable[[], object], drawn: set[str]
-) -> Source | None:
-    """The cheapest way to read the model again: its files, else the loader.
+    spec: ModelSpec,
+    model: object,
+    headers: tuple[Header, ...],
+    rebuilding: Callable[[Iterable[str]], RebuildSource],
+    drawn: set[str],
+) -> tuple[Source | None, bool]:
+    """The cheapest way to read the model again: its files, else the loader; and whether files give bytes as they are.
 
     What is still in a mapping of the files is let go: the source writes it where it is needed.
     `drawn` names what the library initialized because the folder does not have it: calling it again would draw other
@@ -136,10 +249,13 @@ def _source(
         if isinstance(model, torch.nn.Module):  # a pipeline keeps where it is, and could not on ``meta``
             leave_to_files(tensors, match.where)
         sources: list[Source] = [SafetensorsSource(headers, match.where, model_name=spec.name)] if match.where else []
-        return JoinedSource([*sources, KeptSource(match.missing)]) if match.missing else sources[0]
-    if drawn:
-        return None
-    return RebuildSource(rebuild, frozenset(tensors), model_name=spec.name, loader=str(spec.loader))
+        source = JoinedSource([*sources, KeptSource(match.missing)]) if match.missing else sources[0]
+        return source, not _converts(tensors, match)
+    return (None if drawn else rebuilding(tensors)), False
+
+
+def _converts(tensors: Mapping[str, torch.Tensor], match: Match) -> bool:
+    return any(torch_dtype(location.entry) != tensors[name].dtype for name, location in match.where.items())
 
 
 def calling_library(spec: ModelSpec, load: Callable[[], object]) -> object:

@@ -11,6 +11,8 @@ import mmap
 
 _POPULATE_WRITE = 23  # of Linux since 5.14; an older one refuses, and the pages come one by one as ever
 
+_HUGE_PAGES = 14  # large stretches are made of pages of 2 MiB, where the system has them: made, locked, given up faster
+
 _libc = ctypes.CDLL(None)
 _madvise, _mincore = _libc.madvise, _libc.mincore
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -35,6 +37,15 @@ def ask_for_pages(memory: memoryview) -> None:
     first = _page_of(address)
     # A refusal is no harm: it is only about when the pages come.
     _madvise(first, address + memory.nbytes - first, _POPULATE_WRITE)
+
+
+def ask_for_huge_pages(memory: memoryview) -> None:
+    """Have the system prefer huge pages for this memory, which begins at a page. Does nothing where it cannot.
+
+    Making them may take the system long when memory is scattered: not for memory that somebody waits for.
+    """
+    if memory.nbytes:
+        _madvise(_address_of(memory), memory.nbytes, _HUGE_PAGES)
 
 
 def _address_of(memory: memoryview) -> int:

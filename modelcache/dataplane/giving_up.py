@@ -113,7 +113,7 @@ def evict(part: Part, move: Move, tiers: Tiers, tell: Tell, then: Then) -> Done 
 def _spill(part: Part, prints: dict[int, int], last: list[Copy], tiers: Tiers, tell: Tell) -> int:
     """Write the image file unless it holds these bytes already; returns the bytes that crossed a link."""
     copied = 0
-    if not _describes(part.file, prints):
+    if not _describes(part, prints):
         part.file, copied = _write_file(part, prints, last, tiers, tell)
     part.reference = [prints[s] for s in range(part.num_segments)]
     return copied
@@ -155,7 +155,7 @@ def _settle_on_a_holder(part: Part, prints: dict[int, int], tiers: Tiers) -> boo
     """Choose what the bytes are read from next time, the image file or the source; False when they would be lost."""
     by_source = {s: known for s, known in enumerate(part.original) if known is not None}
     discards = part.on_write is OnWrite.DISCARD
-    if _describes(part.file, prints):
+    if _describes(part, prints):
         return True
     if part.restorable_from_source and (discards or prints == by_source):
         if part.file is not None and tiers.files is not None:
@@ -163,13 +163,15 @@ def _settle_on_a_holder(part: Part, prints: dict[int, int], tiers: Tiers) -> boo
             part.file = None
         part.reference = list(part.original)
         return True
-    if discards and part.file is not None:
+    if discards and part.file is not None and not part.file.is_kept:
         part.reference = list(part.file.prints)
         return True
     return False
 
 
-def _describes(file: ImageFile | None, prints: dict[int, int]) -> bool:
+def _describes(part: Part, prints: dict[int, int]) -> bool:
+    # A file that others may delete must not be the last to hold any bytes.
+    file = None if part.file is not None and part.file.is_kept and part.diverged else part.file
     return file is not None and dict(enumerate(file.prints)) == prints
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,15 @@ from modelcache.dataplane.folder_loaders import (
     load_sentence_transformers,
     load_transformers,
 )
+from modelcache.dataplane.kept_images import KeptImages
 from modelcache.dataplane.matching import shown
-from modelcache.dataplane.source import Built, Source
+from modelcache.dataplane.origin import Origin
+from modelcache.dataplane.skeletons import UnlikeError, on_meta, take_layout
+from modelcache.dataplane.source import Built, Keepable, Source
 from modelcache.dataplane.weight_files import torch_dtype
 from modelcache.dataplane.weights import JoinedSource, KeptSource, RebuildSource, SafetensorsSource
 from modelcache.errors import LoaderError, WeightsError
-from modelcache.headers import TensorEntry, model_headers
+from modelcache.headers import Header, TensorEntry, model_headers
 from modelcache.spec import ModelSpec, did_you_mean, is_entry, option_problems
 
 _log = logging.getLogger("modelcache.dataplane")
@@ -37,8 +40,8 @@ _log = logging.getLogger("modelcache.dataplane")
 _KEPT_BYTES = 1 << 20  # computed buffers up to this size are kept, so that a reload need not build the model
 
 
-def build(spec: ModelSpec) -> Built:
-    """Make the object that a registration describes, once.
+def build(spec: ModelSpec, kept: KeptImages | None = None) -> Built:
+    """Make the object that a registration describes, once; its bytes may be those of a kept image.
 
     Raises:
         LoaderError: The loader cannot be imported, raised, or returned something that cannot be cached.
@@ -54,7 +57,7 @@ def build(spec: ModelSpec) -> Built:
         given = [option for option in loader.options if (loader.kind, option) != ("safetensors", "model_args")]
         for option, problem in option_problems(loader.kind, given):
             raise _error(spec, f"was given options it cannot use: {option!r} {problem}")
-        built = _KINDS[loader.kind](spec, loader.options)
+        built = _KINDS[loader.kind](spec, loader.options, kept)
         _check_movable(spec, built.model)
         return built
 
@@ -143,7 +146,7 @@ def _has_hooks(model: object) -> bool:
     return any("_hf_hook" in module.__dict__ for root in modules_of(model).values() for module in root.modules())
 
 
-def load_safetensors(spec: ModelSpec, options: Mapping[str, object]) -> Built:
+def load_safetensors(spec: ModelSpec, options: Mapping[str, object], kept: KeptImages | None = None) -> Built:
     """Build a class of the user's and take its weights from safetensors files, under the names of its `state_dict`.
 
     Options: `model`, a class, a function, a transformers configuration, an object with a `build` method, or the
@@ -169,7 +172,7 @@ def load_safetensors(spec: ModelSpec, options: Mapping[str, object]) -> Built:
         with torch.device("cpu"):
             return calling_library(spec, make)
 
-    model = _on_meta(make)
+    model = on_meta(make)
     if model is None:
         model = make_real()
     where, computed = _match_exactly(spec, model, entries, weights)
@@ -184,7 +187,36 @@ def load_safetensors(spec: ModelSpec, options: Mapping[str, object]) -> Built:
         module.eval()
     if unused := entries.keys() - set(where.values()):
         _log.warning("weights not used model=%s file=%s tensors=%s", spec.name, files.describe(), shown(unused))
-    return Built(model, _with_computed(spec, files, computed, make_real))
+    source = _with_computed(spec, files, computed, make_real)
+    return Built(model, source, None if kept is None else _keepable(spec, model, entries, where, headers, kept))
+
+
+def _keepable(
+    spec: ModelSpec,
+    model: object,
+    entries: Mapping[str, TensorEntry],
+    where: Mapping[str, str],
+    headers: Sequence[Header],
+    kept: KeptImages,
+) -> Keepable | None:
+    """An image spares the conversion of a model that has another dtype than its files; others are as quickly read."""
+    tensors = named_tensors(model)
+    converts = any(torch_dtype(entries[key]) != tensors[name].dtype for name, key in where.items())
+    if not converts or not all(tensor.is_meta and tensor.numel() for tensor in tensors.values()):
+        return None
+    names = {name: (key, str(tensors[name].dtype)) for name, key in where.items()}
+    facts = {"loader": "safetensors", "names": names, "segment": kept.segment_bytes}
+
+    try:
+        origin = Origin.of(facts, [header.path for header in headers])
+        found = kept.find(origin)
+        if found is not None:
+            take_layout(model, found.image, found.views)
+    except (OSError, UnlikeError) as error:
+        _log.warning("no image of model=%s is kept or used: %s", spec.name, error)
+        return None
+    # There is nothing to try before one is written: the model that it is written of began on meta as well.
+    return Keepable(origin, {}, lambda _image, _views: model, found)
 
 
 def _with_computed(
@@ -221,25 +253,6 @@ def _from_transformers_config(config: Any) -> object:
 
     named = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
     return named.from_config(config) if named is transformers.AutoModel else named._from_config(config)
-
-
-def _on_meta(make: Callable[[], object]) -> object | None:
-    """The model on ``meta``, or `None` if it cannot be built there."""
-    try:
-        with torch.device("meta"):
-            model = make()
-        modules = modules_of(model).values()
-    except Exception:  # a constructor that computes with values fails on meta in its own way; it is built for real
-        return None
-    # A tensor that is a plain attribute is in no file and nobody would ever fill it.
-    stray = any(
-        isinstance(value, torch.Tensor) and value.is_meta
-        for root in modules
-        for module in root.modules()
-        for held in vars(module).values()
-        for value in (held if isinstance(held, (list, tuple)) else (held,))
-    )
-    return None if stray else model
 
 
 def _match_exactly(
@@ -303,7 +316,7 @@ def _error(spec: ModelSpec, problem: str) -> LoaderError:
     return LoaderError(spec.name, str(spec.loader), problem)
 
 
-_Load = Callable[[ModelSpec, Mapping[str, object]], Built]
+_Load = Callable[[ModelSpec, Mapping[str, object], KeptImages | None], Built]
 _KINDS: Mapping[str, _Load] = {
     "transformers": load_transformers,
     "sentence-transformers": load_sentence_transformers,

@@ -15,17 +15,21 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from modelcache.dataplane import adapters, blocks, bringing_up, giving_up
 from modelcache.dataplane.admission import Admission
+from modelcache.dataplane.background import Spawn
 from modelcache.dataplane.copies import Done, Tiers, give_up
 from modelcache.dataplane.device.protocol import Device
 from modelcache.dataplane.drift import ends, strays, take_back
 from modelcache.dataplane.image import SEGMENT_BYTES
 from modelcache.dataplane.image_files import ImageFiles
+from modelcache.dataplane.keeping import Keeper
+from modelcache.dataplane.kept_images import KeptImages
 from modelcache.dataplane.loaded import LoadedModel, first_uses
 from modelcache.dataplane.parts import Part
 from modelcache.dataplane.source import Built
@@ -65,7 +69,10 @@ class TorchMover:
         device: Of the top tier; closed with the mover.
         segment_bytes: About how large a segment is.
         image_dir: Where image files go; `None` for no image files.
+        disk_bytes: What image files may take; those that outlive the process are kept in what others leave of it.
         page_locked_bytes: How much RAM may be page-locked.
+        spare_bytes: How much RAM is kept ready ahead of demand, beside what is held.
+        spawn: Starts threads for what is done ahead of demand; `None` does nothing ahead.
         build: Runs a loader; `modelcache.dataplane.loaders.build` when not given.
         now_s: Monotonic seconds.
         make_lock: Where locks come from.
@@ -77,14 +84,22 @@ class TorchMover:
         *,
         segment_bytes: int = SEGMENT_BYTES,
         image_dir: Path | None = None,
+        disk_bytes: int = 0,
         page_locked_bytes: int = 0,
+        spare_bytes: int = 0,
+        spawn: Spawn | None = None,
         build: Callable[[ModelSpec], Built] | None = None,
         now_s: Callable[[], float] = time.perf_counter,
         make_lock: Callable[[], AbstractContextManager[object]] = threading.Lock,
     ) -> None:
-        files = None if image_dir is None else ImageFiles(image_dir)
+        kept = KeptImages(image_dir, disk_bytes, segment_bytes) if image_dir is not None and disk_bytes else None
+        files = None if image_dir is None else ImageFiles(image_dir, kept=kept)
+        self._kept, self._keeper = kept, None if kept is None else Keeper(kept)
         self._device = device
-        self._tiers = Tiers(device, blocks.RamBlocks(device, page_locked_bytes), files)
+        ram = blocks.RamBlocks(
+            device, page_locked_bytes, spare_bytes=spare_bytes, piece_bytes=segment_bytes, spawn=spawn
+        )
+        self._tiers = Tiers(device, ram, files)
         self._admission = Admission(segment_bytes, make_lock)
         self._build = build
         self._now_s = now_s
@@ -107,6 +122,7 @@ class TorchMover:
         """
         self._require_open()
         self._require_new(spec)
+        self._tiers.blocks.prepare()
         started = self._now_s()
         with _words_of_loader(spec):
             built = self._run_loader(spec)
@@ -125,6 +141,8 @@ class TorchMover:
                 model.settle_in(self._device.torch_device, self._device.holds_copies)
                 if self._device.holds_copies:
                     model.record_uses()
+                if self._keeper is not None:
+                    self._keeper.admitted(model, built.keepable)
                 self._models[spec.name] = model
                 self._parts.update({part.id: part for part in model.parts})
         return LoadedFacts(
@@ -152,6 +170,8 @@ class TorchMover:
             done = self._carry_out(part, move, progress, arriving)
         if done is None:
             return KeptWritten(self._now_s() - started)
+        if move.kind is MoveKind.STAGE and self._keeper is not None:
+            self._keeper.staged(part)
         freed = max(0, allocated - self._device.allocated_bytes()) if self._device.holds_copies else None
         return Moved(done.copied_bytes, self._now_s() - started, done.written, freed)
 
@@ -181,7 +201,8 @@ class TorchMover:
         if known is None:
             return
         with known.lock:
-            if known.file is not None and self._tiers.files is not None and not known.needs_file:
+            kept = known.file is None or known.file.is_kept
+            if known.file is not None and self._tiers.files is not None and not (kept or known.needs_file):
                 self._tiers.files.delete(known.file)
                 known.file = None
 
@@ -226,10 +247,13 @@ class TorchMover:
         """Give up everything: memory, files, threads, device state. Idempotent."""
         with self._admitting:
             self._closed = True
+        if self._keeper is not None:
+            self._keeper.close()
         for name in list(self._models):
             self.forget(name)
         if self._tiers.files is not None:
             self._tiers.files.close()
+        self._tiers.blocks.close()
         self._device.close()
 
     # --- looking ---
@@ -241,7 +265,7 @@ class TorchMover:
             return HeldBytes(0, 0, 0)
         vram = sum(self._device.charge_bytes(copy.memory.numel()) for copy in known.vram if copy is not None)
         ram = sum(copy.piece.size_bytes for copy in known.ram if copy is not None and copy.piece is not None)
-        return HeldBytes(vram, ram, known.file.size_bytes if known.file is not None else 0)
+        return HeldBytes(vram, ram, known.file.size_bytes if known.file is not None and not known.file.is_kept else 0)
 
     def residency(self, part: str) -> Residency:
         """Which segments of a part the tiers hold, as the data plane knows it."""
@@ -263,7 +287,7 @@ class TorchMover:
         if self._build is None:
             from modelcache.dataplane.loaders import build
 
-            self._build = build
+            self._build = partial(build, kept=self._kept)
         return self._build(spec)
 
     def _taken_over(self, spec: ModelSpec, built: Built) -> TakenOver:
@@ -394,6 +418,8 @@ class TorchMover:
         if part.file is not None and self._tiers.files is not None:
             self._tiers.files.delete(part.file)
             part.file = None
+        if self._keeper is not None:
+            self._keeper.forget(part)
         part.residue.clear()
         part.ranges.clear()
         self._parts.pop(part.id, None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from modelcache.dataplane.probe_facts import (
     Unavailable,
 )
 from modelcache.dataplane.probe_nvml import ProbeRefusedError, cards, in_words, load_nvml, name_of, slices, uuid_of
+from modelcache.dataplane.probe_pressure import Stalls, stalls
 from modelcache.dataplane.probe_ram import RamProbe
 from modelcache.dataplane.probe_vram import DeviceUser, VramProbe
 
@@ -38,6 +39,7 @@ __all__ = [
     "PcieLink",
     "RamProbe",
     "Reading",
+    "Stalls",
     "Unavailable",
     "VramProbe",
     "cuda_figures",
@@ -105,6 +107,7 @@ class MachineReport:
         cuda_version: The newest CUDA that driver runs, such as ``"13.0"``; empty without NVML.
         devices: Every NVIDIA card, by PCI address, whatever ``CUDA_VISIBLE_DEVICES`` hides.
         ram: Of the machine or the container.
+        stalls: How much processes stand still for want of memory; `None` where the kernel does not say.
     """
 
     nvml: Unavailable | None
@@ -112,6 +115,7 @@ class MachineReport:
     cuda_version: str
     devices: tuple[DeviceReport, ...]
     ram: Reading
+    stalls: Stalls | None = None
 
 
 def totals(
@@ -182,17 +186,17 @@ def cuda_figures(device_index: int) -> CudaFigures | None:
 def machine_report(*, nvml: Any = None, psutil: Any = None, root: str | Path = "/") -> MachineReport:
     """Ask every source once, for people. Starts no CUDA and imports no torch."""
     host = RamProbe(root, psutil=psutil)
-    ram = host.read()
+    ram, stalled = host.read(), stalls(Path(root))
     try:
         nvml = load_nvml() if nvml is None else nvml
         with in_words(nvml):
             nvml.nvmlInit()
             try:
-                return _report(nvml, host, ram)
+                return replace(_report(nvml, host, ram), stalls=stalled)
             finally:
                 nvml.nvmlShutdown()
     except ProbeRefusedError as refused:
-        return MachineReport(refused.unavailable, "", "", (), ram)
+        return MachineReport(refused.unavailable, "", "", (), ram, stalled)
 
 
 def _report(nvml: Any, host: RamProbe, ram: Reading) -> MachineReport:

@@ -46,15 +46,20 @@ class _Names:
 
     limits: tuple[str, ...]
     current: str
-    inactive_file: str
+    file_cache: tuple[str, str]  # not used again lately, and used again
 
 
-_V1 = _Names(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
-_V2 = _Names(("memory.max", "memory.high"), "memory.current", "inactive_file")
+_V1 = _Names(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+_V2 = _Names(("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file"))
 
 
-def cgroup_limits(root: Path) -> tuple[CgroupLimit, ...]:
-    """Every memory limit over this process, leaf first; empty when nothing limits it."""
+def cgroup_limits(root: Path, *, all_file_cache: bool = False) -> tuple[CgroupLimit, ...]:
+    """Every memory limit over this process, leaf first; empty when nothing limits it.
+
+    Args:
+        root: Where ``/proc`` and the control groups are found.
+        all_file_cache: Count as available also the file cache that was used again lately.
+    """
     memberships = _memberships(_text(root / "proc/self/cgroup"))
     found: list[CgroupLimit] = []
     for mount in _mounts(_text(root / "proc/self/mountinfo")):
@@ -64,10 +69,23 @@ def cgroup_limits(root: Path) -> tuple[CgroupLimit, ...]:
         top = root / mount.point.lstrip("/")
         names = _V2 if mount.version == 2 else _V1
         for group in _ancestry(top, _below(mount.root, path)):
-            found.extend(_limits_of(group, names, root))
+            found.extend(_limits_of(group, names, root, all_file_cache=all_file_cache))
             if mount.version == 1 and group != top and _number(group.parent / "memory.use_hierarchy") == 0:
                 break
     return tuple(found)
+
+
+def version_2_groups(root: Path) -> tuple[Path, ...]:
+    """The folders of this process's group in version 2 and of its ancestors, leaf first; empty where it is not used."""
+    path = _memberships(_text(root / "proc/self/cgroup")).get(2)
+    if path is None:
+        return ()
+    return tuple(
+        group
+        for mount in _mounts(_text(root / "proc/self/mountinfo"))
+        if mount.version == 2
+        for group in _ancestry(root / mount.point.lstrip("/"), _below(mount.root, path))
+    )
 
 
 def _memberships(text: str) -> dict[int, str]:
@@ -124,7 +142,7 @@ def _ancestry(top: Path, steps: tuple[str, ...]) -> Iterator[Path]:
         yield top.joinpath(*steps[:depth])
 
 
-def _limits_of(group: Path, names: _Names, root: Path) -> Iterator[CgroupLimit]:
+def _limits_of(group: Path, names: _Names, root: Path, *, all_file_cache: bool) -> Iterator[CgroupLimit]:
     """The limits one group sets, and in version 1 the one its invisible ancestors set."""
     statistics = _statistics(group / "memory.stat")
     current_bytes = _number(group / names.current)
@@ -134,7 +152,8 @@ def _limits_of(group: Path, names: _Names, root: Path) -> Iterator[CgroupLimit]:
             continue
         available_bytes = None
         if current_bytes is not None:
-            held_bytes = max(0, current_bytes - statistics.get(names.inactive_file, 0))
+            cache_bytes = sum(statistics.get(name, 0) for name in names.file_cache[: 2 if all_file_cache else 1])
+            held_bytes = max(0, current_bytes - cache_bytes)
             available_bytes = max(0, limit_bytes - held_bytes)
         yield CgroupLimit(_shown(group / name, root), limit_bytes, available_bytes)
     hierarchical_bytes = statistics.get("hierarchical_memory_limit")

@@ -23,6 +23,7 @@ class RamProbe:
         *,
         psutil: Any = None,
         now_s: Callable[[], float] = time.monotonic,
+        all_file_cache: bool = False,
     ) -> None:
         """Prepare to read.
 
@@ -30,12 +31,15 @@ class RamProbe:
             root: Where ``/proc`` and the control groups are found.
             psutil: A module like `psutil`; the real one when left out.
             now_s: The clock of the readings.
+            all_file_cache: Count the file cache of a control group as free that was used again lately, as the kernel
+                does for the machine; else only the rest of it.
         """
         if psutil is None:
             import psutil
         self._root = Path(root)
         self._psutil = psutil
         self._now_s = now_s
+        self._all_file_cache = all_file_cache
 
     def read(self, *, ours_bytes: int | None = None) -> Reading:
         """Measure now.
@@ -49,7 +53,7 @@ class RamProbe:
             Figure("total", int(host.total), "psutil", at_s),
             Figure("free", int(host.available), "psutil", at_s),
         ]
-        for limit in cgroup_limits(self._root):
+        for limit in cgroup_limits(self._root, all_file_cache=self._all_file_cache):
             figures.append(Figure("limit", limit.limit_bytes, limit.source, at_s))
             if limit.available_bytes is not None:
                 figures.append(Figure("free", limit.available_bytes, limit.source, at_s))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from modelcache.dataplane.image import View, WeightImage
+from modelcache.dataplane.image_format import Described
+from modelcache.dataplane.origin import Origin
 
 
 class Source(Protocol):
@@ -22,6 +26,10 @@ class Source(Protocol):
     def names(self) -> frozenset[str]:
         """The tensors this source can fill."""
 
+    @property
+    def refuses_change(self) -> bool:
+        """Whether `fill` raises when what it reads is not, untouched, what it read at first: the same bytes, unseen."""
+
     def fill(self, targets: Mapping[str, torch.Tensor], report: Callable[[int], None] | None = None) -> None:
         """Write the bytes of each named tensor into its target, in place.
 
@@ -36,6 +44,23 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Keepable:
+    """That a model's bytes can be found again by another process, which builds the same model around them.
+
+    Attributes:
+        origin: What the model is made from.
+        about: What is kept with the bytes, to build it.
+        rebuild: Builds it on ``meta`` around an image of this layout; raises `UnlikeError` when it becomes another one.
+        found: The image that this process found; the model is on ``meta`` then.
+    """
+
+    origin: Origin
+    about: Mapping[str, object]
+    rebuild: Callable[[WeightImage, Sequence[Mapping[str, View]]], object]
+    found: Described | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Built:
     """What a loader made.
 
@@ -43,7 +68,9 @@ class Built:
         model: What `get` will give: a module, a pipeline, any object an adapter knows. Tensors may be on ``meta`` if
             `source` can fill them.
         source: How to read the bytes again; `None` when only the object itself has them.
+        keepable: How another process can do without that; `None` when it cannot, or does not need to.
     """
 
     model: object
     source: Source | None
+    keepable: Keepable | None = None

@@ -7,7 +7,9 @@ bytes that differ from those first seen are refused.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -42,10 +44,17 @@ def fill(part: Part, new: NewCopies, tiers: Tiers, segments: Sequence[int], tell
     """
     from_disk = [s for s in segments if not part.with_loader[s]]
     from_meta = [s for s in segments if part.with_loader[s] and any(m.tensor.is_meta for m in part.members_of(s))]
-    for segment in [*from_disk, *from_meta]:
+    from_source = {s for s in from_meta if all(m.tensor.is_meta for m in part.members_of(s))}
+    ahead = [*from_disk, *from_meta]
+    tiers.blocks.expect(sum(part.image.segments[segment].size_bytes for segment in ahead))
+    for segment in ahead:
         new.add_ram(segment)
+    prints: dict[int, int] = {}
     if from_disk:
-        _fill_from_disk(part, new, tiers, from_disk, tell)
+        found = _fill_from_disk(part, new, tiers, from_disk, tell)
+        if found is None:
+            from_source.update(from_disk)
+        prints = found or {}
     if from_meta:
         storages = [i for s in from_meta for i in part.image.segments[s].storages if part.readers[i][0].tensor.is_meta]
         _fill_from_source(part, new, storages, tell)
@@ -54,7 +63,12 @@ def fill(part: Part, new: NewCopies, tiers: Tiers, segments: Sequence[int], tell
     for segment in with_loader:
         copy = new.ram[segment] if segment in new.ram else new.add_ram(segment)
         _take_from_loader(part, copy, tiers, segment, tell, let_go)
-    _check(part, new, segments)
+    trusted = {s for s in from_source & part.confirmed if part.reference[s] == part.original[s]}
+    _check(part, new, [s for s in segments if s not in trusted], prints)
+    if part.source is not None and part.source.refuses_change:
+        # Read once more they are the same bytes, or an error: to look at each of them takes longer than to read them.
+        part.confirmed |= from_source
+    tiers.blocks.prepare()
 
 
 class _LetGo:
@@ -74,31 +88,33 @@ class _LetGo:
             self._freed_bytes = 0
 
 
-def _fill_from_disk(part: Part, new: NewCopies, tiers: Tiers, segments: list[int], tell: Tell) -> None:
+def _fill_from_disk(part: Part, new: NewCopies, tiers: Tiers, segments: list[int], tell: Tell) -> dict[int, int] | None:
+    """Returns the fingerprints that were taken on the way; `None` when the source was read, and not the image file."""
     if part.file is not None and tiers.files is not None:
         try:
-            _fill_from_file(part, new, tiers, segments, tell)
+            return _fill_from_file(part, new, tiers, segments, tell)
         except WeightsError as error:
             if not part.restorable_from_source:
                 raise
             log.warning("%s; reading model=%s again from its source", str(error), part.model)
-            tiers.files.delete(part.file)
+            tiers.files.reject(part.file)
             part.file = None
             # The source gives what was first read; a file written later may have held something else.
             part.reference = list(part.original)
-        else:
-            return
+            for segment in segments:
+                new.ram[segment].memory.zero_()  # what the source does not write must not be what the file had there
     if not part.restorable_from_source:
         raise MoveError(part.model, "disk", "ram", "neither an image file nor a readable source holds its bytes")
     _fill_from_source(part, new, [i for s in segments for i in part.image.segments[s].storages], tell)
+    return None
 
 
-def _fill_from_file(part: Part, new: NewCopies, tiers: Tiers, segments: list[int], tell: Tell) -> None:
+def _fill_from_file(part: Part, new: NewCopies, tiers: Tiers, segments: list[int], tell: Tell) -> dict[int, int]:
     assert part.file is not None
     assert tiers.files is not None
     buffers = {s: piece.buffer() for s in segments if (piece := new.ram[s].piece) is not None}
     try:
-        tiers.files.read(part.file, part.contents, buffers, tell)
+        return tiers.files.read(part.file, part.contents, buffers, tell)
     finally:
         for buffer in buffers.values():
             buffer.release()
@@ -171,10 +187,11 @@ def _shifted(view: View, by_bytes: int) -> View:
     return View(view.dtype, view.shape, view.stride, view.offset_bytes + by_bytes)
 
 
-def _check(part: Part, new: NewCopies, segments: Sequence[int]) -> None:
-    """Fingerprint what was read and compare it with what is known."""
-    for segment in segments:
-        found, expected = fingerprint(new.ram[segment].memory), part.reference[segment]
+def _check(part: Part, new: NewCopies, segments: Sequence[int], prints: dict[int, int]) -> None:
+    """Fingerprint what was read, unless `prints` has it, and compare it with what is known."""
+    unknown = [segment for segment in segments if segment not in prints]
+    for segment, found in {**prints, **_fingerprints(new, unknown)}.items():
+        expected = part.reference[segment]
         if part.with_loader[segment]:
             part.original[segment] = expected = found
         if found != expected:
@@ -185,6 +202,16 @@ def _check(part: Part, new: NewCopies, segments: Sequence[int]) -> None:
             names = part.names[part.image.segments[segment].storages[0]]
             raise WeightsError(part.model, where, problem, next(iter(names), None))
         part.reference[segment] = found
+
+
+def _fingerprints(new: NewCopies, segments: Sequence[int]) -> dict[int, int]:
+    """Computed by several threads where there are processors for them: it takes one longer than reading the bytes."""
+    memories = [new.ram[segment].memory for segment in segments]
+    num_workers = min(4, (os.cpu_count() or 1) // 2, len(segments))
+    if num_workers < 2:
+        return dict(zip(segments, map(fingerprint, memories), strict=True))
+    with ThreadPoolExecutor(num_workers, thread_name_prefix="modelcache-check") as workers:
+        return dict(zip(segments, workers.map(fingerprint, memories), strict=True))
 
 
 def _describe(part: Part) -> str:

@@ -7,6 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from modelcache.move import MoveKind
 from modelcache.runtime.links import Link
@@ -23,7 +24,7 @@ _PAST = {
     MoveKind.SHED: "shed",
     MoveKind.EVICT: "evicted",
 }
-Subscriber = Callable[[MoveEvent], object]
+Subscriber = Callable[[Any], object]
 
 
 class Herald:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from modelcache.cache import ModelCache
 from modelcache.core.machine import Budgets
 from modelcache.core.policy import EvictionPolicy
+from modelcache.runtime.governor import Gauge
 from modelcache.runtime.ports import Progress
 from modelcache.testing.mover import FakeMover
 from modelcache.testing.time_and_threads import FakeClock, FakePool
@@ -27,6 +28,7 @@ def cache_of(
     progress: Progress | None = None,
     lease_sites: bool = False,
     check_after_s: float | None = None,
+    gauge: Gauge | None = None,
 ) -> ModelCache:
     """A cache whose models are `FakeModel` objects, whose time is `clock`, and whose threads `pool` can wait for.
 
@@ -44,6 +46,7 @@ def cache_of(
         progress: Told how far loads and moves are.
         lease_sites: Note where each lease is taken.
         check_after_s: Copies on the device unused for so long are looked at for writes; `None` never does.
+        gauge: Measures the memory under the budgets, which are lowered and raised by it; `None` leaves them.
     """
     given = {Tier.VRAM: vram, Tier.RAM: ram, Tier.DISK: disk}
     sizes = {tier: mover.arenas.of[tier].capacity_bytes if size is None else size for tier, size in given.items()}
@@ -71,6 +74,7 @@ def cache_of(
             progress=progress,
             idle_s=idle_s,
             lease_sites=lease_sites,
+            gauge=gauge,
         )
     )
     gates = cache._driver.gates

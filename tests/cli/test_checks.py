@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,9 +21,11 @@ from modelcache.cli.checks import (
     check_nvml,
     check_python,
     check_ram,
+    check_stalls,
     check_torch,
     check_wsl,
 )
+from modelcache.dataplane.probe import Stalls
 
 GIB = 1024**3
 
@@ -184,6 +187,16 @@ def test_ram_limited_by_a_control_group_says_which_and_what_the_host_has():
 
 def test_ram_that_only_the_host_limits_is_fine():
     assert check_ram(reading(64, 32, "psutil")).state is State.OK
+
+
+def test_stalls_are_shown_with_their_source_and_many_of_them_are_a_warning():
+    found = Stalls(0.5, "/proc/pressure/memory")
+    assert check_stalls(replace(machine(), stalls=found)).found == "0.5 % of the last 10 s (/proc/pressure/memory)"
+    assert check_stalls(replace(machine(), stalls=found)).state is State.OK
+    many = check_stalls(replace(machine(), stalls=Stalls(42.0, "/sys/fs/cgroup/memory.pressure")))
+    assert many.state is State.WARNING
+    assert "policy.pressure: watch" in many.fix
+    assert check_stalls(machine()).state is State.NOTE
 
 
 def test_little_lockable_memory_is_a_warning_only_beside_a_card():

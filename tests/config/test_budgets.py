@@ -82,3 +82,15 @@ def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         resolve(CARD, vram="48GiB", ram="100GiB")
     assert [finding.key for finding in caught.value.findings] == ["budgets.vram", "budgets.ram"]
+
+
+def test_one_segment_of_ram_is_kept_ready_unless_the_budget_is_small() -> None:
+    assert resolve(CARD, ram="2GiB").ram_spare_bytes == 64 << 20
+    assert resolve(CARD, ram="2047MiB").ram_spare_bytes == 0
+    assert resolve(CARD, ram="4GiB", ram_spare="none").ram_spare_bytes == 0
+    assert resolve(CARD, ram="4GiB", ram_spare="1GiB").ram_spare_bytes == GIB
+
+
+def test_what_is_kept_ready_is_a_part_of_ram() -> None:
+    with pytest.raises(ConfigError, match=r"budgets.ram_spare: 4.0 GiB leaves nothing of budgets.ram, 4.0 GiB"):
+        resolve(CARD, ram="4GiB", ram_spare="4GiB")

@@ -112,6 +112,10 @@ def problems(text: str) -> list[str]:
             "warning m.yaml:2:17: budgets.vram: not used with 'device: host_only', where RAM is the top tier",
         ),
         (
+            "device: host_only\nmemory: mapped\n",
+            "warning m.yaml:2:9: memory: not used with 'device: host_only', where there is no device memory",
+        ),
+        (
             "image_dir: images\n",
             "warning m.yaml:1:1: image_dir: not used without budgets.disk; set that as well, to 100GiB or the like",
         ),

@@ -70,13 +70,13 @@ GOLDEN: dict[str, tuple[str, list[str]]] = {
     "unknown key": (
         "buget:\n  vram: 1GiB\n",
         [
-            "modelcache.yaml:1:1: unknown key 'buget'; did you mean 'budgets'? known keys: version, device, budgets, policy, preload, roots, image_dir, segment, max_waiters, lease_sites, progress, simulated, models",
+            "modelcache.yaml:1:1: unknown key 'buget'; did you mean 'budgets'? known keys: version, device, memory, budgets, policy, preload, roots, image_dir, segment, max_waiters, lease_sites, progress, simulated, models",
         ],
     ),
     "unknown key in a section": (
         "budgets:\n  rma: 1GiB\n",
         [
-            "modelcache.yaml:2:3: budgets: unknown key 'rma'; did you mean 'ram'? known keys: vram, ram, page_locked, disk",
+            "modelcache.yaml:2:3: budgets: unknown key 'rma'; did you mean 'ram'? known keys: vram, ram, page_locked, ram_spare, disk",
         ],
     ),
     "key set twice": (

@@ -100,3 +100,20 @@ def test_the_environment_gives_what_a_call_does_not(monkeypatch) -> None:
     assert settings_of({"budgets.vram": "30GiB"}).budgets.vram.size_bytes == 30 << 30
     monkeypatch.delenv("MODELCACHE_BUDGETS__VRAM")
     assert settings_of({}).budgets.vram == Auto()
+
+
+@pytest.mark.parametrize("word", ["off", '"off"', "watch"])
+def test_watching_for_pressure_is_off_or_on_with_or_without_quotes(tmp_path, word) -> None:
+    path = tmp_path / "models.yaml"
+    path.write_text(f"policy: {{pressure: {word}}}\n")
+    assert effective(str(path), environ={}).settings.policy.pressure == word.strip('"')
+    found = effective(str(path), environ={"MODELCACHE_POLICY__PRESSURE": "watch"})
+    assert found.settings.policy.pressure == "watch"
+    assert effective(environ={}).settings.policy.pressure == "off"
+
+
+def test_another_word_for_pressure_is_refused_with_the_choice(tmp_path) -> None:
+    path = tmp_path / "models.yaml"
+    path.write_text("policy: {pressure: on}\n")
+    with pytest.raises(ConfigError, match=r"policy\.pressure.*off or watch"):
+        effective(str(path), environ={})

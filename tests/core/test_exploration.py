@@ -114,6 +114,16 @@ WORLDS = {
         ],
         failures=1,
     ),
+    "memory gets short for a while": lambda: World(
+        Budgets(ram=5, vram=3, disk=2),
+        {**three_models(1), "b": (spec("b", size_bytes=2), facts(part("b", 1, 1, readable=False)))},
+        [
+            (lease("a"), lease("b")),
+            (WantBudget(Tier.RAM, 1, "short"), WantBudget(Tier.RAM, 9, "over")),
+            (lease("b"), WantBudget(Tier.VRAM, 2, "others")),
+        ],
+        failures=1,
+    ),
     "one proves too large, and grows into a budget": lambda: World(
         Budgets(ram=6, vram=4),
         {**three_models(2), "c": (spec("c"), facts(part("c", 3, 2)))},

@@ -145,3 +145,25 @@ def test_room_adds_up_by_tier_and_is_false_when_empty():
     assert [room.of(tier) for tier in (Tier.VRAM, Tier.RAM, Tier.DISK)] == [11, 2, 3]
     assert room
     assert not Room()
+
+
+def test_a_budget_lowered_for_a_while_returns_to_what_was_configured_and_never_exceeds_it():
+    account = Account(10)
+    account.retarget(4, "memory is short")
+    assert (account.target_bytes, account.configured_bytes, account.pressure) == (4, 10, "memory is short")
+    account.retarget(7, "less short")
+    assert (account.target_bytes, account.pressure) == (7, "less short")
+    account.retarget(99, "not short any more")
+    assert (account.target_bytes, account.budget_bytes, account.pressure) == (10, 10, "")
+    assert account.pressure_on(Tier.RAM) == ""
+
+
+def test_a_budget_that_is_set_is_the_one_that_is_lowered_from():
+    account = Account(10)
+    account.retarget(4, "memory is short")
+    account.retarget(6)
+    assert (account.target_bytes, account.configured_bytes, account.pressure) == (6, 6, "")
+    account.retarget(2, "short again")
+    assert account.pressure_on(Tier.RAM) == "budgets.ram is lowered from 6 B to 2 B for now: short again"
+    assert account.copy() == account
+    account.validate()

@@ -10,6 +10,7 @@ import zlib
 import pytest
 import torch
 
+from modelcache.dataplane.fingerprint import fingerprint
 from modelcache.dataplane.image import View, lay_out
 from modelcache.dataplane.image_files import Contents, ImageFiles
 from modelcache.errors import MoveError, WeightsError
@@ -20,7 +21,7 @@ CONTENTS = Contents("m#1", "m", lay_out(SIZES, 1536), VIEWS)
 DATA = [
     bytes((i * 7 + s) % 256 for i in range(segment.size_bytes)) for s, segment in enumerate(CONTENTS.image.segments)
 ]
-PRINTS = [11, 22]
+PRINTS = [fingerprint(torch.frombuffer(bytearray(each), dtype=torch.uint8)) for each in DATA]
 
 
 _opened: list[ImageFiles] = []
@@ -46,7 +47,8 @@ def write(files, contents=CONTENTS):
 def read(files, file, segments=(0, 1)):
     buffers = {s: bytearray(len(DATA[s])) for s in segments}
     told = []
-    files.read(file, CONTENTS, {s: memoryview(buffer) for s, buffer in buffers.items()}, told.append)
+    prints = files.read(file, CONTENTS, {s: memoryview(buffer) for s, buffer in buffers.items()}, told.append)
+    assert prints == {s: PRINTS[s] for s in segments}
     assert sum(told) == sum(map(len, buffers.values()))
     return buffers
 
@@ -131,6 +133,34 @@ def test_a_failing_write_leaves_no_file_and_names_path_need_and_free(tmp_path, f
     assert everything(tmp_path) == []
 
 
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_a_large_segment_is_read_in_chunks_whether_the_system_has_it_in_memory_or_not(tmp_path, is_cached):
+    sizes = [9 << 20, 512, 5 << 20]
+    contents = Contents("m#1", "m", lay_out(sizes, 10 << 20), tuple({} for _ in sizes))
+    data = [torch.randint(256, (segment.size_bytes,), dtype=torch.uint8) for segment in contents.image.segments]
+    files = opened(tmp_path)
+    file = files.write(contents, [fingerprint(each) for each in data], lambda s: memoryview(data[s].numpy()))
+    with file.path.open("rb") as raw:
+        os.fsync(raw.fileno())
+        if not is_cached:
+            os.posix_fadvise(raw.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    for _ in range(2):
+        targets = [torch.zeros_like(each) for each in data]
+        files.read(file, contents, {s: memoryview(t.numpy()) for s, t in enumerate(targets)}, lambda count: None)
+        assert all(torch.equal(target, each) for target, each in zip(targets, data, strict=True))
+
+
+def test_what_a_report_raises_ends_the_reading(tmp_path):
+    files = opened(tmp_path)
+    file = write(files)
+
+    def stop(count):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        files.read(file, CONTENTS, {0: memoryview(bytearray(len(DATA[0])))}, stop)
+
+
 def test_short_writes_are_continued(tmp_path):
     files = opened(tmp_path, write=lambda descriptor, data: os.write(descriptor, data[:17]))
     assert read(files, write(files)) == {0: DATA[0], 1: DATA[1]}
@@ -167,10 +197,8 @@ def test_a_flipped_bit_in_a_tensor_is_found_and_named(tmp_path, at):
         for i, place in enumerate(CONTENTS.image.storages)
         if 0 <= at - CONTENTS.image.segments[place.segment].offset_bytes - place.offset_bytes < place.size_bytes
     ]
-    if not hit:
-        assert read(files, file)  # between two storages
-        return
-    with pytest.raises(WeightsError, match=f"'t{hit[0]}': is damaged") as caught:
+    words = f"'t{hit[0]}': is damaged" if hit else r"\.image: is damaged"  # else between two storages
+    with pytest.raises(WeightsError, match=words) as caught:
         read(files, file)
     assert caught.value.path == str(file.path)
 
