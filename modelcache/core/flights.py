@@ -134,9 +134,12 @@ class Flights:
         if flight.move.kind is MoveKind.PROMOTE:
             part.ooms = 0
         if part.is_cold:
-            self._books.resident.pop(part.facts.part, None)
+            self._books.resident.discard(part.facts.part)
+            self._books.in_use.discard(part.facts.part)
         else:
-            self._books.resident[part.facts.part] = None
+            self._books.resident.add(part.facts.part)
+            if part.vram:
+                self._books.in_use.add(part.facts.part)
 
     def turned_back(self, part: Part, make_room: Callable[[Tier, int], None]) -> Flight:
         """A move ended where it began; `make_room` gives claims back that counted on what it would have freed."""
@@ -176,6 +179,9 @@ class Flights:
         account.reserve(size)
         account.commit(size)
         model.workspace_charged = True
+        for part in model.parts:
+            if part in self._books.resident:
+                self._books.in_use.add(part)
         waiting.claims = (
             Room(claims.vram - size, claims.ram, claims.disk)
             if self._books.top is Tier.VRAM

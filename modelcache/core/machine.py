@@ -628,7 +628,14 @@ class Machine:
             if not part.models:
                 self.flights.drop_image(part)
                 del self.books.parts[part_id]
-                self.books.resident.pop(part_id, None)
+                self.books.resident.discard(part_id)
+                self.books.in_use.discard(part_id)
+            else:
+                # Its last use may have been that of the model that leaves.
+                for order in (self.books.resident, self.books.in_use):
+                    if part_id in order:
+                        order.discard(part_id)
+                        order.add(part_id)
         model.parts = ()
 
     def _forgotten(self, name: str) -> None:
@@ -658,7 +665,7 @@ class Machine:
         books.vram, books.ram, books.disk = self.books.vram.copy(), self.books.ram.copy(), self.books.disk.copy()
         books.parts = {name: part.copy() for name, part in self.books.parts.items()}
         books.models = {name: model.copy() for name, model in self.books.models.items()}
-        books.resident = dict(self.books.resident)
+        books.resident, books.in_use = self.books.resident.copy(), self.books.in_use.copy()
         twin.flights.pending = dict(self.flights.pending)
         twin.flights.num_started = self.flights.num_started
         twin.waiting = {ticket: waiting.copy() for ticket, waiting in self.waiting.items()}
@@ -691,6 +698,7 @@ class Machine:
                 moving += part.flight.needs
             assert part.vram >= part.ram or part.is_cold or part.vram == 0, part
             assert (part.facts.part in books.resident) == (not part.is_cold), part
+            assert not part.vram or part.facts.part in books.in_use, part
         for room in self.held.values():
             moving += Room(**{room.tier.value: room.size_bytes})
         top = books.account(books.top)

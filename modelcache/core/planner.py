@@ -9,12 +9,15 @@ copies: dropped if their bytes can be read again, else spilled to an image file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
 
 from modelcache.core.ledger import Room
 from modelcache.core.policy import Candidate, EvictionPolicy
+from modelcache.core.recency import ByUse
 from modelcache.core.records import Books, GateReading, Model, Part
 from modelcache.move import Residency
 from modelcache.tier import Tier
@@ -238,13 +241,14 @@ class Planner:
     def _free_vram(self, draft: _Draft, may_take: Callable[[str], bool], spared: frozenset[str]) -> None:
         if draft.vram >= 0:
             return
-        for part in self._ranked(Tier.VRAM, may_take, spared):
-            for name in part.models:
-                draft.take_workspace(self._books.models[name])
-            if draft.vram < 0 and part.vram:
-                self._trim(draft, part)
-            if draft.vram >= 0:
-                return
+        with self._ranked(self._books.in_use, Tier.VRAM, may_take, spared) as ranked:
+            for part in ranked:
+                for name in part.models:
+                    draft.take_workspace(self._books.models[name])
+                if draft.vram < 0 and part.vram:
+                    self._trim(draft, part)
+                if draft.vram >= 0:
+                    return
 
     def _trim(self, draft: _Draft, part: Part) -> None:
         """Take tail segments of one part until enough is free; whole to disk if RAM has no room for what it lacks."""
@@ -271,56 +275,86 @@ class Planner:
     def _free_ram(self, draft: _Draft, may_take: Callable[[str], bool], spared: frozenset[str]) -> None:
         if draft.ram >= 0:
             return
-        ranked = list(self._ranked(Tier.RAM, may_take, spared))
         if self._books.top is Tier.VRAM:
-            own = [
-                part for name in sorted(spared) if name in self._books.resident for part in (self._books.parts[name],)
-            ]
-            twins = [part for part in own if self._has_spare_twins(part) and all(map(may_take, part.models))]
-            self._shed_duplicates(draft, [*ranked, *twins])
+            self._shed_duplicates(draft, may_take, spared)
         else:
+            self._take_workspaces(draft, may_take, spared)
+        if draft.ram >= 0:
+            return
+        with self._ranked(self._books.resident, Tier.RAM, may_take, spared) as ranked:
+            for part in ranked:
+                self._give_up_whole(draft, part)
+                if draft.ram >= 0:
+                    return
+
+    def _take_workspaces(self, draft: _Draft, may_take: Callable[[str], bool], spared: frozenset[str]) -> None:
+        with self._ranked(self._books.in_use, Tier.RAM, may_take, spared) as ranked:
             for part in ranked:
                 for name in part.models:
                     if draft.ram < 0:
                         draft.take_workspace(self._books.models[name])
-        for part in ranked:
-            if draft.ram >= 0:
-                return
-            if part.is_cold or not self.may_leave_whole(part):
-                continue
-            if draft.vram >= 0 and draft.ram_left(part) <= 0:
-                # All that RAM has of it goes already: giving up what VRAM holds too would bring nothing.
-                continue
-            if part.rereadable:
-                draft.take(part, Residency(0, part.n))
-            elif part.facts.image_bytes <= draft.disk:
-                draft.take(part, Residency(0, part.n), write_image=True)
+                if draft.ram >= 0:
+                    return
 
-    def _shed_duplicates(self, draft: _Draft, ranked: list[Part]) -> None:
-        """Take the RAM twins of what VRAM goes on holding, if their bytes are on disk too."""
-        for part in ranked:
-            if draft.ram >= 0:
-                return
-            giving = draft.givings.get(part.facts.part)
-            if giving is not None or not part.rereadable or part.ram >= part.vram:
-                continue
-            head = part.ram
-            while head < part.vram and part.ram_sums[head] - part.ram_sums[part.ram] < -draft.ram:
-                head += 1
-            draft.take(part, Residency(part.vram, head))
+    def _give_up_whole(self, draft: _Draft, part: Part) -> None:
+        if part.is_cold or not self.may_leave_whole(part):
+            return
+        if draft.vram >= 0 and draft.ram_left(part) <= 0:
+            # All that RAM has of it goes already: giving up what VRAM holds too would bring nothing.
+            return
+        if part.rereadable:
+            draft.take(part, Residency(0, part.n))
+        elif part.facts.image_bytes <= draft.disk:
+            draft.take(part, Residency(0, part.n), write_image=True)
+
+    def _shed_duplicates(self, draft: _Draft, may_take: Callable[[str], bool], spared: frozenset[str]) -> None:
+        """Take the RAM twins of what VRAM goes on holding, if their bytes are on disk too; last those of the spared."""
+        own = [self._books.parts[name] for name in sorted(spared) if name in self._books.resident]
+        twins = [part for part in own if self._has_spare_twins(part) and all(map(may_take, part.models))]
+        with self._ranked(self._books.in_use, Tier.RAM, may_take, spared) as ranked:
+            for part in chain(ranked, twins):
+                if draft.ram >= 0:
+                    return
+                self._shed_duplicate(draft, part)
+
+    def _shed_duplicate(self, draft: _Draft, part: Part) -> None:
+        if part.facts.part in draft.givings or not part.rereadable or part.ram >= part.vram:
+            return
+        head = part.ram
+        while head < part.vram and part.ram_sums[head] - part.ram_sums[part.ram] < -draft.ram:
+            head += 1
+        draft.take(part, Residency(part.vram, head))
 
     # --- who may go -------------------------------------------------------------------------------------------------
 
-    def _ranked(self, tier: Tier, may_take: Callable[[str], bool], spared: frozenset[str]) -> Iterable[Part]:
-        candidates = []
-        for name in self._books.resident:
-            part = self._books.parts[name]
-            may_leave = self.may_leave_vram(part) if tier is Tier.VRAM else self.may_leave_ram(part)
-            if name in spared or part.flight is not None or part.covered_by or not may_leave:
-                continue
-            if all(may_take(model) for model in part.models):
-                candidates.append(self._candidate(part, tier))
-        return (self._books.parts[c.part] for c in self._policy.rank(candidates))
+    @contextmanager
+    def _ranked(
+        self, order: ByUse, tier: Tier, may_take: Callable[[str], bool], spared: frozenset[str]
+    ) -> Iterator[Iterator[Part]]:
+        """The parts of `order` that may give something up of a tier, first to go first; looked at as they are read."""
+        books = self._books
+
+        def candidates(names: Iterator[str]) -> Iterator[Candidate]:
+            for name in names:
+                part = books.parts[name]
+                if order is books.in_use and not part.vram and not any(map(self._has_workspace, part.models)):
+                    books.in_use.discard(name)
+                    continue
+                may_leave = self.may_leave_vram(part) if tier is Tier.VRAM else self.may_leave_ram(part)
+                if name in spared or part.flight is not None or part.covered_by or not may_leave:
+                    continue
+                if all(may_take(model) for model in part.models):
+                    yield self._candidate(part, tier)
+
+        with closing(order.ranked(self._rank_of)) as names:
+            yield (books.parts[c.part] for c in self._policy.rank(candidates(names)))
+
+    def _has_workspace(self, model: str) -> bool:
+        return self._books.models[model].workspace_charged
+
+    def _rank_of(self, name: str) -> tuple[int, int]:
+        part = self._books.parts[name]
+        return max(self._books.models[model].spec.priority.rank for model in part.models), self.tick_of(part)
 
     def _candidate(self, part: Part, tier: Tier) -> Candidate:
         models = [self._books.models[name] for name in part.models]

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from modelcache.core.ledger import Account, Room
 from modelcache.core.messages import Want, WantCopy, WantDown, WantGone, WantLease
+from modelcache.core.recency import ByUse
 from modelcache.errors import InvalidTransitionError
 from modelcache.move import Move, MoveKind, PartFacts, Residency
 from modelcache.spec import ModelSpec
@@ -330,7 +331,11 @@ class Waiting:
 
 @dataclass(slots=True)
 class Books:
-    """Everything the planner reads: parts, models and accounts. Written by the machine alone."""
+    """Everything the planner reads: parts, models and accounts. Written by the machine alone.
+
+    `resident` has the parts that a tier above disk holds; `in_use` those that the top tier holds anything of, or of
+    whose models it holds the workspace, and perhaps some more.
+    """
 
     top: Tier
     vram: Account
@@ -338,7 +343,8 @@ class Books:
     disk: Account
     parts: dict[str, Part] = field(default_factory=dict)
     models: dict[str, Model] = field(default_factory=dict)
-    resident: dict[str, None] = field(default_factory=dict)
+    resident: ByUse = field(default_factory=ByUse)
+    in_use: ByUse = field(default_factory=ByUse)
 
     def account(self, tier: Tier) -> Account:
         """The account of a tier."""

@@ -85,7 +85,7 @@ def serve_cached(
     gc.collect()
     left = LeftBehind(
         tuple(thread.name for thread in threading.enumerate() if thread not in threads_before),
-        tuple(str(path) for path in image_dir.rglob("*") if path.is_file()),
+        tuple(str(path) for path in image_dir.rglob("*") if path.is_file() and path.parent.name != "kept"),
         accelerator.allocated_bytes() - bytes_before,
     )
     return CacheRun(outcome, told, compared, left)
@@ -123,7 +123,7 @@ class _Run:
         wait(self._prefetches, _LONGEST_WAIT_S)
 
     def _one(self, request: Request, before: Request | None, ahead: Request | None) -> None:
-        forget_pages((*self._workload.files, *self._image_dir.glob("*")))
+        forget_pages((*self._workload.files, *self._image_dir.rglob("*.image")))
         hits = self._cache.status().counters
         asked_s = self._now_s()
         with self._cache.get(request.model, timeout=_LONGEST_WAIT_S) as model:

