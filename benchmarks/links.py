@@ -85,28 +85,51 @@ def figure(what: str, ours: list[float], flats: list[float], limit: float | None
     )
 
 
+def beside(what: str, busy: list[float], limit: float, size_bytes: int) -> Figure:
+    """Processor time outside of the copies; on a link of 55 GB/s it has to fit the margin of its row."""
+    margin_s = (limit - 1) * size_bytes / 55e9
+    median_s = statistics.median(busy)
+    ratio = f"{median_s / margin_s:.2f}"
+    ours, margin = f"{median_s * 1e3:.1f} ms", f"{margin_s * 1e3:.2f} ms (margin at 55 GB/s)"
+    return Figure(what, ours, margin, ratio, "shown", True, f"{spread([each * 1e3 for each in busy])} ms")
+
+
+def a_gigabyte(what: str, found: list[float], size_bytes: int) -> Figure:
+    each = [seconds / size_bytes * GB for seconds in found]
+    return Figure(what, f"{statistics.median(each):.2f} s/GB", "-", "-", "shown", True, f"{spread(each)} s/GB")
+
+
 def promotions(size_bytes: int, num_tensors: int, limit: float, memory: str = "mapped") -> list[Figure]:
     """From the request to the last segment's landing, beside one flat copy."""
-    ours, flats, given = [], [], []
+    ours, flats, given, looked, busy = [], [], [], [], []
     vram = int(size_bytes * 1.1)
     with flat(size_bytes) as copy, cache_of(vram, int(size_bytes * 1.2), memory) as cache:
+        mover, device = cache._driver._mover, cache._driver._mover._device
         cache.register("model", model(size_bytes, num_tensors))
         cache.prefetch("model").result()
         for _ in range(ROUNDS):
             until_looked_at(cache)
+            (part,) = cache._driver.look(lambda machine: list(machine.books.parts))
+            began = time.perf_counter()
+            assert mover.is_unwritten(part)
+            looked.append(time.perf_counter() - began)
             began = time.perf_counter()
             # Not park(), which ends with the allocator giving its memory back, so that the device would have to get it
             # from the system again: here room is needed and used again at once, as in a switch.
             with cache.reserve(vram=vram):
                 given.append(time.perf_counter() - began)
             flats.append(copy())
+            memcpy_s, cpu_s = device.memcpy_cpu_s, time.process_time()
             began = time.perf_counter()
             cache.prefetch("model").result()
             ours.append(time.perf_counter() - began)
+            busy.append(time.process_time() - cpu_s - (device.memcpy_cpu_s - memcpy_s))
     size = f"{size_bytes / GB:g} GB in {num_tensors:,} tensors, {memory}"
     return [
         figure(f"promote {size}", ours, flats, limit, "flat copy"),
+        beside(f"processor time beside the copy, promote {size}", busy, limit, size_bytes),
         figure(f"give up the clean copy of {size}, looked at before", given, flats, 0.01, "flat copy"),
+        a_gigabyte(f"the look for writes at {size}", looked, size_bytes),
     ]
 
 

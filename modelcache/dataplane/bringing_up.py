@@ -15,7 +15,7 @@ from modelcache.dataplane.arrival import Arrival, must_land_first
 from modelcache.dataplane.blocks import return_freed_heap
 from modelcache.dataplane.copies import Done, NewCopies, Tiers, give_up
 from modelcache.dataplane.device.protocol import Device, DeviceEvent
-from modelcache.dataplane.first_use import FirstUse
+from modelcache.dataplane.first_use import FirstUse, can_be_recorded
 from modelcache.dataplane.loaded import Root
 from modelcache.dataplane.parts import Part
 from modelcache.move import Move
@@ -50,6 +50,10 @@ class Early:
     uses: Sequence[FirstUse]
     roots: Sequence[Root]
     arriving: Callable[[], None]
+
+    def still_holds(self) -> bool:
+        """Whether these modules run through their hooks as they did when they were recorded."""
+        return all(can_be_recorded(root.module) for root in self.roots)
 
     def must_land_first(self, part: Part) -> frozenset[int]:
         """The segments with a tensor that no block answers for."""
@@ -92,6 +96,8 @@ def promote(
             new.copy_in(segment, source)
         if has_strayed():
             raise StrayedError
+        if early is not None and not early.still_holds():
+            early = None
         copied = 0
         with contextlib.ExitStack() as calls:
             for segment, copy in new.vram.items():

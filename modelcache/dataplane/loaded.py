@@ -173,8 +173,6 @@ class LoadedModel:
 def first_uses(models: Iterable[LoadedModel], part: Part) -> list[FirstUse] | None:
     """What was recorded of every root module that reads a part; `None` if one was not, or does not run like that."""
     roots = [root for model in models for root in model.roots if part in root.parts]
-    if any(model.dispatch is not None for model in models) or not all(can_be_recorded(root.module) for root in roots):
-        return None
     uses = [root.first_use for root in roots if root.first_use is not None]
     return uses if len(uses) == len(roots) else None
 

@@ -308,7 +308,7 @@ class SimulatedDevice:
             if each.failure == "out_of_memory":
                 self._fail(each.failure, f"a {operation} of {source.numel()} bytes")
         after = list(self._running) if operation == "copy_out" else []
-        copy = Copy(target, source, self._threads.event(), after, planned)
+        copy = Copy(target, source, self._threads.event(), self._threads.event(), after, planned)
         (self._in if operation == "copy_in" else self._out).enqueue(copy)
         return copy
 
@@ -331,7 +331,7 @@ class SimulatedDevice:
         nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
         flags = list(self._running)
         for stream in (self._in, self._out):
-            marker = Copy(nothing, nothing, self._threads.event(), (), ())
+            marker = Copy(nothing, nothing, self._threads.event(), self._threads.event(), (), ())
             stream.enqueue(marker)
             flags.append(marker.landed)
         for flag in flags:

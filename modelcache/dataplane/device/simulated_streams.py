@@ -84,6 +84,7 @@ class Copy:
         planned: Faults.
         ready_s: When it could have begun, on the device's clock.
         landed: Set when it is over.
+        begun: Set when its turn has come.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Copy:
         target: torch.Tensor,
         source: torch.Tensor,
         flag: Flag,
+        begun: Flag,
         after: Iterable[Flag],
         planned: tuple[Planned, ...],
     ) -> None:
@@ -99,7 +101,7 @@ class Copy:
         self.ready_s = 0.0
         self.after = tuple(after)
         self.planned = planned
-        self.landed = flag
+        self.landed, self.begun = flag, begun
         self._error: BaseException | None = None
 
     def is_done(self) -> bool:
@@ -145,6 +147,7 @@ class CopyStream:
         self._lock = threading.Lock()
         self._work, self._stop = threads.event(), threads.event()
         self._thread: Running | None = None
+        self._is_busy = False
         self._holding: Hold | None = None
         self._link_free_s = 0.0
         self._memcpy_bytes_per_s = 8e9
@@ -163,8 +166,12 @@ class CopyStream:
             if self._thread is None:
                 self._thread = self._threads.spawn(self._name, self._run)
             copy.ready_s = self._clock()
+            is_idle = not self._queue and not self._is_busy
             self._queue.append(copy)
         self._work.set()
+        if is_idle:
+            # Hardware begins at once. A thread needs the interpreter for that, and would wait until the caller lets go.
+            copy.begun.wait()
 
     def stop(self) -> None:
         """End the thread; copies that have not landed fail."""
@@ -182,9 +189,12 @@ class CopyStream:
             self._work.wait()
             self._work.clear()
             while self._queue:
+                self._is_busy = True
                 self._finish(self._queue.popleft())
+            self._is_busy = False
 
     def _finish(self, copy: Copy) -> None:
+        copy.begun.set()
         try:
             self._carry_out(copy)
         except Exception as error:  # noqa: BLE001 - the stream must go on; the error belongs to whoever waits for the event
