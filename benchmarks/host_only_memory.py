@@ -50,6 +50,10 @@ def tiny() -> torch.nn.Module:
     return Net(1)
 
 
+def large() -> torch.nn.Module:
+    return Net(10 * NUM_LAYERS)
+
+
 @dataclass(frozen=True)
 class Case:
     """A way to register a model, and the same way with a tiny one; the folder of its files, if it is read from any."""
@@ -58,6 +62,7 @@ class Case:
     options: Mapping[str, object]
     warm_up: Mapping[str, object]
     files: Path
+    rounds: int = ROUNDS
 
 
 def llama(num_layers: int) -> LlamaForCausalLM:
@@ -77,17 +82,19 @@ def llama(num_layers: int) -> LlamaForCausalLM:
 def cases(root: Path) -> list[Case]:
     def save() -> None:
         torch.manual_seed(0)
-        for name, model in (("net", Net()), ("tiny", tiny())):
+        for name, make in (("net", Net), ("tiny", tiny), ("large", large)):
             (root / name).mkdir()
-            save_file(model.state_dict(), root / name / "model.safetensors")
+            save_file(make().state_dict(), root / name / "model.safetensors")
         for name, num_layers in (("llama", 6), ("tiny-llama", 1)):
             llama(num_layers).save_pretrained(root / name)
 
     in_child(save)
-    net, small = ({"weights": str(root / name / "model.safetensors")} for name in ("net", "tiny"))
+    names = ("net", "tiny", "large")
+    net, small, big = ({"weights": str(root / name / "model.safetensors")} for name in names)
     folder = {"loader": "transformers", "dtype": "bfloat16"}
     return [
         Case("model= and weights=", {"model": Net} | net, {"model": tiny} | small, root / "net"),
+        Case("model= and weights=", {"model": large} | big, {"model": tiny} | small, root / "large", rounds=3),
         Case(
             "a transformers folder",
             folder | {"path": str(root / "llama")},
@@ -103,7 +110,7 @@ def measured(case: Case, images: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     for path in case.files.glob("*.safetensors"):
         drop_cached(path)
-    limits = {"ram": "1GiB", "disk": "1GiB", "image_dir": images, "progress": False}
+    limits = {"ram": "3GiB", "disk": "1GiB", "ram_spare": "none", "image_dir": images, "progress": False}
     with ModelCache(device="host_only", **limits) as cache:
         cache.register("tiny", **case.warm_up)
         cache.register("m", **case.options)
@@ -165,7 +172,7 @@ def cached_bytes(path: Path) -> int:
 
 
 def figures_of(case: Case, images: Path) -> list[Figure]:
-    found = [in_child(lambda: measured(case, images)) for _ in range(ROUNDS)]
+    found = [in_child(lambda: measured(case, images)) for _ in range(case.rounds)]
     what = f"{case.what}, {found[0]['bytes'] / 1e6:.0f} MB"
 
     def figure(key: str, words: str, limit: float | None, worst: Callable[..., float], sign: str) -> Figure:
