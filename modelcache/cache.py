@@ -30,7 +30,7 @@ from modelcache.door import Entry, FrontDoor
 from modelcache.errors import LeaseError
 from modelcache.futures import MoveFuture
 from modelcache.handle import ModelHandle
-from modelcache.lease import FirstUseLease, Lease, Leases, current_holder
+from modelcache.lease import FirstUseLease, Lease, Leases, SoleLease, current_holder
 from modelcache.registry import Registry, build_spec
 from modelcache.runtime.driver import Driver
 from modelcache.runtime.governor import Governor
@@ -250,6 +250,8 @@ class ModelCache:
         Raises:
             ValueError: No name, or one twice.
         """
+        if len(names) == 1:
+            return self._door.lease(names[0], timeout, SoleLease)
         if not names or len(set(names)) != len(names):
             raise ValueError(f"lease_many takes each model once and at least one, got {names!r}")
         return self._door.many(names, timeout)

@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import sys
 import threading
-import weakref
 from asyncio import AbstractEventLoop, get_running_loop
 from collections.abc import Callable
 from functools import partial
+from threading import current_thread
 from typing import Any, TypeVar
 
 from modelcache.core.messages import Want, WantCopy, WantLease
 from modelcache.errors import CacheClosedError, ForkedCacheError, UnknownModelError
-from modelcache.lease import FirstUseLease, Lease, Leases, current_holder
+from modelcache.lease import (
+    FirstUseLease,
+    FirstUses,
+    Lease,
+    Leases,
+    SeveralLeases,
+    current_holder,
+    running_loop,
+)
 from modelcache.runtime.driver import Driver
 from modelcache.runtime.gate import Gate
 from modelcache.tier import Tier
 
 L = TypeVar("L", bound=Lease)
-#: How long `get` keeps a model in place for its first use.
-FIRST_USE_S = 2.0
 
 
 class Entry:
@@ -63,11 +69,13 @@ class FrontDoor:
         self._driver = driver
         self._object_of = object_of
         self._execution_device = execution_device
+        self._device: object = None
         self._unknown = unknown
         self._describe = describe
         self._with_sites = with_sites
         self._next_tick = driver.next_tick
         self._on_return = driver.lease_returned
+        self._first_uses = FirstUses(driver.now_s, driver.at_latest, driver.lease_returned)
         self.is_closed = False
 
     # --- what handles ask -----------------------------------------------------------------------------------------
@@ -82,9 +90,11 @@ class FrontDoor:
         return self._object_of(name) if entry.model is None else entry.model
 
     def execution_device(self, name: str) -> object:
-        """The device that calls run on."""
+        """The device that calls run on: one for the life of the cache, and asked for on each call."""
         del name
-        return self._execution_device()
+        if self._device is None:
+            self._device = self._execution_device()
+        return self._device
 
     def state_of(self, name: str) -> str:
         """Where it is, in words."""
@@ -115,37 +125,69 @@ class FrontDoor:
             return ForkedCacheError()
         return CacheClosedError() if self.is_closed else None
 
-    def lease(self, name: str, timeout_s: float | None, *, early: bool = False) -> Lease:
-        """A lease for the caller."""
-        holder = current_holder()
-        lease = self._enter(self.entry(name), Lease, holder)
-        if lease is None:
-            (lease,) = self._ask((name,), timeout_s, Lease, holder, early=early)
+    def lease(self, name: str, timeout_s: float | None, kind: type[L] = Lease, *, early: bool = False) -> L:  # type: ignore[assignment]
+        """A lease for the caller. A hit is all in here: each call more would cost a tenth of it."""
+        try:
+            entry = self.entries[name]
+        except KeyError:
+            entry = self.entry(name)
+        gate, tick = entry.gate, self._next_tick()
+        holder = current_thread() if running_loop() is None else current_holder()
+        # The lease exists before the gate knows of it, so an interrupt in between loses nothing.
+        lease = kind(entry.name, gate, tick, self._on_return, entry.model, _site() if self._with_sites else None)
+        # `Gate.enter`, written out.
+        gate.open[tick] = holder
+        if gate.closed or (gate.limit and len(gate.open) > gate.limit):
+            lease.close()
+            (lease,) = self._ask((name,), timeout_s, kind, holder, early=early)
+            return lease
+        gate.tick = tick
+        if entry.model is None:
+            self._fill(entry, lease)
         return lease
 
     def first_use(self, name: str, timeout_s: float | None) -> FirstUseLease:
-        """A lease that ends by itself if nobody takes it over."""
-        lease = self._enter(self.entry(name), FirstUseLease, None)
-        if lease is None:
+        """A lease that ends by itself if nobody takes it over; the same steps as `lease`."""
+        try:
+            entry = self.entries[name]
+        except KeyError:
+            entry = self.entry(name)
+        gate, tick = entry.gate, self._next_tick()
+        lease = FirstUseLease(
+            entry.name, gate, tick, self._on_return, entry.model, _site() if self._with_sites else None
+        )
+        gate.open[tick] = None
+        if gate.closed or (gate.limit and len(gate.open) > gate.limit):
+            lease.close()
             # Its first use may be a call, which can start early; any other use waits, see `settle`.
             (lease,) = self._ask((name,), timeout_s, FirstUseLease, None, early=True)
-        self.limit_first_use(lease)
+        else:
+            gate.tick = tick
+            if entry.model is None:
+                self._fill(entry, lease)
+        self._first_uses.limit(lease)
         return lease
+
+    def _fill(self, entry: Entry, lease: Lease) -> None:
+        """Nobody has leased it yet: a prefetch has opened the gate."""
+        entry.model = self._object_of(entry.name)
+        lease.fill(entry.model)
 
     def settle(self, name: str) -> None:
         """Wait until the last weights of a model that is on its way are there; no-op otherwise, and once closed."""
-        if not self.is_ready(name) and name in self.entries and self.refusal() is None:
+        entry = self.entries.get(name)
+        if entry is not None and entry.gate.closed and self.refusal() is None:
             self._driver.ask(WantCopy(name, Tier.VRAM))
 
     def limit_first_use(self, lease: FirstUseLease) -> None:
-        """Let it end after its time. The timer does not keep it alive: collected, it ends at once."""
-        self._driver.at_latest(FIRST_USE_S, partial(_close, weakref.ref(lease)))
+        """Let it end after its time."""
+        self._first_uses.limit(lease)
 
     def many(self, names: tuple[str, ...], timeout_s: float | None) -> Leases:
         """Leases on several models, all or none; whoever waits for them holds none of them."""
         holder = current_holder()
         entered = self._enter_all(names, holder)
-        return Leases(entered or self._ask(names, timeout_s, Lease, holder))
+        return SeveralLeases(entered or self._ask(names, timeout_s, Lease, holder))
 
     def _enter_all(self, names: tuple[str, ...], holder: object) -> list[Lease] | None:
         leases: list[Lease] = []
@@ -159,15 +201,12 @@ class FrontDoor:
         return leases
 
     def _enter(self, entry: Entry, kind: type[L], holder: object) -> L | None:
-        gate = entry.gate
-        tick = self._next_tick()
-        # The lease exists before the gate knows of it, so an interrupt in between loses nothing.
-        lease = kind(entry.name, gate, tick, self._on_return, entry.model, site=_site() if self._with_sites else None)
+        gate, tick = entry.gate, self._next_tick()
+        # The lease exists before the gate knows of it, as in `lease`.
+        lease = kind(entry.name, gate, tick, self._on_return, entry.model, _site() if self._with_sites else None)
         if gate.enter(tick, holder):
             if entry.model is None:
-                # Nobody has leased it yet: a prefetch has opened the gate.
-                entry.model = self._object_of(entry.name)
-                lease.fill(entry.model)
+                self._fill(entry, lease)
             return lease
         lease.close()
         return None
@@ -194,7 +233,7 @@ class FrontDoor:
             model = self._object_of(name)
             if entry is not None and entry.gate is gate:
                 entry.model = model
-            return kind(name, gate, tick, self._on_return, model, site=site)
+            return kind(name, gate, tick, self._on_return, model, site)
 
         return lend
 
@@ -251,12 +290,6 @@ def _wake(loop: AbstractEventLoop, woken: Any) -> None:
 def _set(woken: Any) -> None:
     if not woken.done():
         woken.set_result(None)
-
-
-def _close(lease: weakref.ref[FirstUseLease]) -> None:
-    target = lease()
-    if target is not None:
-        target.close()
 
 
 def _site() -> str:

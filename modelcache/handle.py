@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from threading import get_ident
+from threading import current_thread, get_ident
 from types import MethodType, TracebackType
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -23,6 +23,9 @@ from modelcache.lease import FirstUseLease, Lease, current_holder, running_loop
 from modelcache.placement import PLACERS, check_placement, move_inputs
 
 T = TypeVar("T")
+
+#: `super().__init__` without looking it up on each `get`.
+_wrap = wrapt.ObjectProxy.__init__
 
 #: Methods that read or describe a model wherever its bytes are: they take no lease and move nothing.
 LEASELESS = (  # noqa: SIM905 (one name a line would be fifty lines of no news)
@@ -65,6 +68,45 @@ class Door(Protocol):
         """A lease would be had at once."""
 
 
+class _Tie:
+    """What a handle knows itself. One object, because to read an attribute of a proxy costs more than to make this."""
+
+    __slots__ = ("door", "entered", "first", "has_warned", "model", "name")
+
+    def __init__(self, name: str, door: Door, first: FirstUseLease | None, model: Any) -> None:
+        self.name = name
+        self.door = door
+        self.first = first
+        self.model = model
+        self.has_warned = False
+        # Thread identity -> (lease, what the same thread entered before it, or None).
+        self.entered: dict[int, Any] = {}
+
+    def take_lease(self, *, early: bool = False) -> Lease:
+        """The first-use lease where it still is, or a new one; on the object that the handle stands for."""
+        first, door = self.first, self.door
+        if first is not None:
+            self.first = None
+            if not early:
+                door.settle(self.name)
+            lease = first.take_over(current_thread() if running_loop() is None else current_holder())
+            if lease is not None:
+                return lease
+        if running_loop() is not None and not self.has_warned and not door.is_ready(self.name):
+            self.has_warned = True
+            warnings.warn(
+                f"{self.name!r} is not ready, and this call blocks the running event loop until it is; "
+                f"use 'async with cache.aget({self.name!r}) as model:'",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        lease = door.acquire(self.name, early=early)
+        if lease.model is self.model:
+            return lease
+        lease.close()
+        raise LeaseClosedError(self.name)
+
+
 class ModelHandle(wrapt.ObjectProxy):  # type: ignore[misc]
     """A cached model: it behaves as the object its loader built, and holds a lease whenever that is used.
 
@@ -78,34 +120,33 @@ class ModelHandle(wrapt.ObjectProxy):  # type: ignore[misc]
         first: A lease that keeps the model in place until its first use, or `None`.
     """
 
+    __slots__ = ("_self_tie",)
+
     def __init__(self, name: str, door: Door, first: FirstUseLease | None = None) -> None:
-        super().__init__(door.object_of(name))
-        self._self_name = name
-        self._self_door = door
-        self._self_first = first
-        self._self_has_warned = False
-        # Thread identity -> (lease, what the same thread entered before it, or None).
-        self._self_entered: dict[int, Any] = {}
-        _hide_from_compiler()
+        model = door.object_of(name) if first is None else first.model
+        _wrap(self, model)
+        self._self_tie = _Tie(name, door, first, model)
+        if _COMPILER in sys.modules:
+            _hide_from_compiler()
 
     # --- use ----------------------------------------------------------------------------------------------------------
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Call the model under one lease."""
-        return _use(self, self.__wrapped__, args, kwargs, early=True)
+        return _use(self, None, args, kwargs, early=True)
 
     def __enter__(self) -> Any:
-        lease = self._self_take_lease()
-        model, thread = lease.model, get_ident()
-        below = self._self_entered.get(thread)
+        tie, thread = _tie_of(self), get_ident()
+        lease, entered = tie.take_lease(), tie.entered
+        below = entered.get(thread)
         # An interrupt before this store leaves the lease to its finalizer; there is none between it and the return.
-        self._self_entered[thread] = (lease, below)
-        return model
+        entered[thread] = (lease, below)
+        return tie.model
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        entered, thread = self._self_entered, get_ident()
+        entered, thread = _tie_of(self).entered, get_ident()
         if thread not in entered:
             # Entered on one thread and left on another, as an ExitStack that was handed over does: any lease will do.
             thread = next(iter(tuple(entered)), thread)
@@ -114,43 +155,20 @@ class ModelHandle(wrapt.ObjectProxy):  # type: ignore[misc]
             del entered[thread]
         else:
             entered[thread] = below
-        lease.close()
+        lease.__exit__(exc_type, exc, traceback)
 
-    def _self_take_lease(self, *, early: bool = False) -> Lease:
-        first = self._self_first
-        name, door = self._self_name, self._self_door
-        if first is not None:
-            self._self_first = None
-            if not early:
-                door.settle(name)
-            lease = first.take_over(current_holder())
-            if lease is not None:
-                return self._self_same(lease)
-        if running_loop() is not None and not self._self_has_warned and not door.is_ready(name):
-            self._self_has_warned = True
-            warnings.warn(
-                f"{name!r} is not ready, and this call blocks the running event loop until it is; "
-                f"use 'async with cache.aget({name!r}) as model:'",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        return self._self_same(door.acquire(name, early=early))
-
-    def _self_same(self, lease: Lease) -> Lease:
-        """The lease itself, if it is on the object that this handle stands for."""
-        if lease.model is self.__wrapped__:
-            return lease
-        lease.close()
-        raise LeaseClosedError(self._self_name)
+    def _self_take_lease(self) -> Lease:
+        return self._self_tie.take_lease()
 
     # --- attributes ---------------------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
+        tie = self._self_tie
         if name == "device":
-            return self._self_door.execution_device(self._self_name)
-        if self._self_first is not None:
-            self._self_door.settle(self._self_name)
-        model = self.__wrapped__
+            return tie.door.execution_device(tie.name)
+        if tie.first is not None:
+            tie.door.settle(tie.name)
+        model = tie.model
         value = getattr(model, name)
         if value is model:
             return self  # `base_model` of a model that is its own base, say: used raw, it would go without a lease.
@@ -159,13 +177,14 @@ class ModelHandle(wrapt.ObjectProxy):  # type: ignore[misc]
         return _Method(value, self, _HOW.get(name, _use))
 
     def __repr__(self) -> str:
+        tie = self._self_tie
         try:
-            state = self._self_door.state_of(self._self_name)
+            state = tie.door.state_of(tie.name)
         except ModelCacheError as error:
             state = str(
                 error
             )  # A debugger shows handles of closed caches too; a repr that raises would hide the frame.
-        return f"<modelcache: {self._self_name} {type(self.__wrapped__).__name__} {state}>"
+        return f"<modelcache: {tie.name} {type(tie.model).__name__} {state}>"
 
     # --- refused ------------------------------------------------------------------------------------------------------
 
@@ -182,7 +201,7 @@ class ModelHandle(wrapt.ObjectProxy):  # type: ignore[misc]
         self._self_refuse("pickled")
 
     def _self_refuse(self, what: str) -> NoReturn:
-        name = self._self_name
+        name = self._self_tie.name
         raise TypeError(
             f"the handle of {name!r} cannot be {what}: it belongs to one cache, which owns the weights; pass the name "
             f"{name!r} and call cache.get({name!r}) there, or take the raw object with modelcache.unwrap(handle)"
@@ -192,11 +211,16 @@ class ModelHandle(wrapt.ObjectProxy):  # type: ignore[misc]
 def unwrap(model: T) -> T:
     """The raw object behind a handle, without a lease; anything else as it is."""
     if isinstance(model, ModelHandle):
-        if model._self_first is not None:
-            model._self_door.settle(model._self_name)
-        raw: T = model.__wrapped__
+        tie = model._self_tie
+        if tie.first is not None:
+            tie.door.settle(tie.name)
+        raw: T = tie.model
         return raw
     return model
+
+
+#: The tie of a handle, read past the proxy: asking a proxy for an attribute takes twice as long.
+_tie_of: Callable[[ModelHandle], _Tie] = vars(ModelHandle)["_self_tie"].__get__
 
 
 class _Method(wrapt.ObjectProxy):  # type: ignore[misc]
@@ -206,7 +230,8 @@ class _Method(wrapt.ObjectProxy):  # type: ignore[misc]
         super().__init__(method)
         self._self_handle = handle
         self._self_how = how
-        _hide_from_compiler()
+        if _COMPILER in sys.modules:
+            _hide_from_compiler()
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         return self._self_how(self._self_handle, self.__wrapped__, args, kwargs)
@@ -228,12 +253,13 @@ def _is_method(model: Any, name: str, value: Any) -> bool:
 def _use(
     handle: ModelHandle, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, early: bool = False
 ) -> Any:
-    lease = handle._self_take_lease(early=early)
+    """Call `target`, or the model itself where it is `None`, under one lease."""
+    tie = _tie_of(handle)
+    lease = tie.take_lease(early=early)
     try:
         if args or kwargs:
-            device = handle._self_door.execution_device(handle._self_name)
-            args, kwargs = move_inputs(args, kwargs, device)
-        result = target(*args, **kwargs)
+            args, kwargs = move_inputs(args, kwargs, tie.door.execution_device(tie.name))
+        result = (tie.model if target is None else target)(*args, **kwargs)
     except BaseException:
         lease.close()
         raise
@@ -250,9 +276,9 @@ def _read(handle: ModelHandle, target: Any, args: tuple[Any, ...], kwargs: dict[
 
 
 def _place(verb: str, handle: ModelHandle, _target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    name = handle._self_name
-    device = handle._self_door.execution_device(name)
-    check_placement(name, handle.__wrapped__, device, verb, args=args, kwargs=kwargs)
+    tie = handle._self_tie
+    device = tie.door.execution_device(tie.name)
+    check_placement(tie.name, tie.model, device, verb, args=args, kwargs=kwargs)
     return handle
 
 
@@ -262,6 +288,7 @@ _HOW: dict[str, Callable[..., Any]] = {
     **{verb: partial(_place, verb) for verb in PLACERS},
 }
 
+_COMPILER = "torch._dynamo.decorators"
 #: The modules a lease passes through: not models of the demo, not hooks of the data plane.
 _LEASE_PATH = tuple(
     f"modelcache.{room}" for room in ("handle", "lease", "carrying", "placement", "door", "cache", "runtime", "core")
@@ -274,7 +301,7 @@ def _hide_from_compiler() -> None:
     Traced, each new lease would be a reason to recompile. Called where the compiler passes before it traces: it reads
     `forward` of what it is given.
     """
-    skip = getattr(sys.modules.get("torch._dynamo.decorators"), "skip", None)
+    skip = getattr(sys.modules.get(_COMPILER), "skip", None)
     if skip is None or hasattr(_use, "_torchdynamo_disable"):
         return
     for module_name, module in tuple(sys.modules.items()):

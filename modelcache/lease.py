@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
+import asyncio
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from modelcache.errors import LeaseClosedError
 from modelcache.runtime.gate import Gate
 
-if TYPE_CHECKING:
-    import asyncio
-
 _RETURNED: Final = object()
+#: The event loop running on this thread, or `None`. Asked on each hit; the public question raises where none runs.
+running_loop: Final = asyncio._get_running_loop
+#: How long `get` keeps a model in place for its first use.
+FIRST_USE_S: Final = 2.0
 
 
 class Lease:
@@ -46,7 +47,6 @@ class Lease:
         tick: int,
         on_return: Callable[[str], object] | None,
         model: Any,
-        *,
         site: str | None = None,
     ) -> None:
         self.name = name
@@ -83,12 +83,22 @@ class Lease:
             self._give_back()
 
     def __enter__(self) -> Any:
-        return self.model
+        model = self._model
+        if model is _RETURNED:
+            raise LeaseClosedError(self.name)
+        return model
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        if self._model is _RETURNED:
+            return
+        # `_give_back` written out, because two calls less are felt here.
+        gate = self._gate
+        gate.open.pop(self._tick, None)
+        if (gate.closed or gate.watched) and self._on_return is not None:
+            self._on_return(self.name)
+        self._model = _RETURNED
 
     def __repr__(self) -> str:
         return f"<Lease {self.name!r} {'open' if self.is_open else 'returned'}>"
@@ -113,7 +123,7 @@ class Lease:
         # return is told by the state of the gate and not by `left`, which only the interrupted call has seen.
         gate = self._gate
         left = gate.leave(self._tick)
-        if self._on_return is not None and (gate.closed or gate.watched):
+        if (gate.closed or gate.watched) and self._on_return is not None:
             self._on_return(self.name)
         self._model = _RETURNED
         return left
@@ -132,56 +142,111 @@ class Lease:
 class FirstUseLease(Lease):
     """What `get` holds between returning a handle and its first use, so that the model is not evicted in between.
 
-    It ends by itself and never warns. The first use takes it over; the cache closes it when nobody has within its
-    time. Of the two exactly one succeeds, so a call can never lose its lease to the timer.
+    It ends by itself and never warns. The first use takes it over, and from then on it is a lease like any other;
+    `FirstUses` ends it when nobody has within its time. Of the two exactly one succeeds, so a call can never lose its
+    lease to the clock.
     """
 
     __slots__ = ("_claims",)
 
-    def __init__(
-        self,
-        name: str,
-        gate: Gate,
-        tick: int,
-        on_return: Callable[[str], object] | None,
-        model: Any,
-        *,
-        site: str | None = None,
-    ) -> None:
-        # Popping the one element is the atomic step that decides between the timer and the first use.
-        self._claims = [tick]
-        super().__init__(name, gate, tick, on_return, model, site=site)
-
-    def close(self) -> None:
-        """Return the lease, unless it was returned or taken over."""
-        with contextlib.suppress(IndexError):
-            self._claims.pop()
-            super().close()
+    #: Set by `FirstUses.limit`, and `None` once taken over.
+    _claims: dict[int, tuple[float, Gate, str]] | None
 
     def take_over(self, holder: object) -> Lease | None:
-        """The same lease as an ordinary one, held by `holder`; `None` when it has ended already."""
-        # The heir exists before it is entitled, so an interrupt in between returns the lease instead of losing it.
-        heir = Lease(self.name, self._gate, self._tick, self._on_return, self._model, site=self._site)
-        try:
-            self._claims.pop()
-        except IndexError:
-            heir._model = _RETURNED
+        """The same lease, held by `holder` until it is returned; `None` when it has ended or was taken over."""
+        claims = self._claims
+        # Taking the claim out is the atomic step that decides between the clock, and any number of first uses.
+        if claims is None or claims.pop(self._tick, None) is None:
             return None
         self._gate.open[self._tick] = holder
-        self._model = _RETURNED
-        return heir
+        self._claims = None
+        return self
+
+    def _give_back(self) -> bool:
+        claims = getattr(self, "_claims", None)
+        if claims is not None:
+            claims.pop(self._tick, None)
+        return super()._give_back()
 
     def _warn_dropped(self) -> None:
-        """Dropping it is how it is meant to end."""
+        """Dropping it is how it is meant to end, unless a use had it."""
+        if getattr(self, "_claims", self) is None:
+            super()._warn_dropped()
+
+
+class FirstUses:
+    """Ends the first-use leases that nobody took over in time.
+
+    What is kept of each is a claim to its place at the gate, never the lease, so one that is collected ends at once.
+    All share one alarm: a handle that is used right after it was got leaves nothing behind on any clock.
+
+    Args:
+        now_s: The clock.
+        at_latest: Calls a function on another thread in so many seconds.
+        on_return: As for `Lease`.
+    """
+
+    __slots__ = ("_alarm", "_at_latest", "_claims", "_now_s", "_on_return")
+
+    def __init__(
+        self,
+        now_s: Callable[[], float],
+        at_latest: Callable[[float, Callable[[], None]], None],
+        on_return: Callable[[str], object] | None,
+    ) -> None:
+        self._now_s = now_s
+        self._at_latest = at_latest
+        self._on_return = on_return
+        # The tick of each lease -> when it ends, its gate, its model; in the order in which they end.
+        self._claims: dict[int, tuple[float, Gate, str]] = {}
+        self._alarm: object = None
+
+    def limit(self, lease: FirstUseLease) -> None:
+        """Let it end after its time."""
+        # The lease knows of the claims before they know of it: interrupted in between, its finalizer clears up.
+        claims = lease._claims = self._claims
+        claims[lease._tick] = (self._now_s() + FIRST_USE_S, lease._gate, lease.name)
+        # Published first, read second; `_ring` does the reverse, so one of the two sees to the alarm.
+        if self._alarm is None:
+            self._set_alarm(FIRST_USE_S)
+
+    def _set_alarm(self, in_s: float) -> None:
+        # Whoever sets it last has it. One that an interrupt or a race left over rings and is not listened to.
+        alarm = object()
+        self._at_latest(in_s, partial(self._ring, alarm))
+        self._alarm = alarm
+
+    def _ring(self, alarm: object) -> None:
+        if alarm is not self._alarm:
+            return
+        ends_s = self._end_due()
+        if ends_s is None:
+            self._alarm = None
+            ends_s = self._end_due()
+        if ends_s is not None:
+            self._set_alarm(ends_s - self._now_s())
+
+    def _end_due(self) -> float | None:
+        """End those whose time is up; when the next one's is, if there is one."""
+        now_s = self._now_s()
+        while self._claims:
+            try:
+                tick, (ends_s, gate, name) = next(iter(self._claims.items()))
+            except (StopIteration, RuntimeError):
+                continue  # Taken over, or a new one came, between the two steps.
+            if ends_s > now_s:
+                return ends_s
+            if self._claims.pop(tick, None) is not None:
+                gate.leave(tick)
+                if (gate.closed or gate.watched) and self._on_return is not None:
+                    self._on_return(name)
+        return None
 
 
 class Leases:
     """Leases on several models, returned together; the ``with`` block yields the raw objects in the order asked for."""
 
-    __slots__ = ("_leases",)
-
-    def __init__(self, leases: Sequence[Lease]) -> None:
-        self._leases = tuple(leases)
+    __slots__ = ()
 
     @property
     def models(self) -> tuple[Any, ...]:
@@ -190,12 +255,11 @@ class Leases:
         Raises:
             LeaseClosedError: The leases were returned.
         """
-        return tuple(lease.model for lease in self._leases)
+        raise NotImplementedError
 
     def close(self) -> None:
         """Return them all; again is a no-op."""
-        for lease in reversed(self._leases):
-            lease.close()
+        raise NotImplementedError
 
     def __enter__(self) -> tuple[Any, ...]:
         return self.models
@@ -205,15 +269,47 @@ class Leases:
     ) -> None:
         self.close()
 
+
+class SeveralLeases(Leases):
+    """`Leases` made of one `Lease` each."""
+
+    __slots__ = ("_leases",)
+
+    def __init__(self, leases: Sequence[Lease]) -> None:
+        self._leases = tuple(leases)
+
+    @property
+    def models(self) -> tuple[Any, ...]:
+        """The raw objects, in the order asked for."""
+        return tuple(lease.model for lease in self._leases)
+
+    def close(self) -> None:
+        """Return them all; again is a no-op."""
+        for lease in reversed(self._leases):
+            lease.close()
+
     def __repr__(self) -> str:
         return f"<Leases {', '.join(repr(lease.name) for lease in self._leases)}>"
 
 
-def running_loop() -> asyncio.AbstractEventLoop | None:
-    """The event loop running on this thread. Does not import asyncio: where it is not imported, none runs."""
-    current: Callable[[], asyncio.AbstractEventLoop | None] | None
-    current = getattr(sys.modules.get("asyncio"), "_get_running_loop", None)
-    return None if current is None else current()
+class SoleLease(Lease, Leases):
+    """`Leases` on one model: the lease itself, without a list around it."""
+
+    __slots__ = ()
+
+    @property
+    def models(self) -> tuple[Any, ...]:
+        """The raw object, in a tuple."""
+        return (self.model,)
+
+    def __enter__(self) -> tuple[Any, ...]:
+        model = self._model
+        if model is _RETURNED:
+            raise LeaseClosedError(self.name)
+        return (model,)
+
+    def __repr__(self) -> str:
+        return f"<Leases {self.name!r}>"
 
 
 def current_holder() -> object:
@@ -224,7 +320,7 @@ def current_holder() -> object:
     """
     loop = running_loop()
     if loop is not None:
-        task = sys.modules["asyncio"].current_task(loop)
+        task = asyncio.current_task(loop)
         if task is not None:
             return weakref.ref(task)
     return threading.current_thread()

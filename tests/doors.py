@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 from modelcache.errors import LeaseTimeoutError
 from modelcache.handle import ModelHandle
-from modelcache.lease import FirstUseLease, Lease, current_holder
+from modelcache.lease import FIRST_USE_S, FirstUseLease, FirstUses, Lease, current_holder
 from modelcache.runtime.gate import Gate
 
 
@@ -20,6 +21,9 @@ class OneModel:
         self.gate.open_()
         self.gate.limit = limit
         self.ticks = itertools.count(1)
+        self.now_s = 0.0
+        self.alarms: list[Callable[[], None]] = []
+        self.first_uses = FirstUses(lambda: self.now_s, lambda _in_s, ring: self.alarms.append(ring), None)
         self.num_acquired = 0
         self.ready = True
 
@@ -50,7 +54,14 @@ class OneModel:
         tick = next(self.ticks)
         lease = FirstUseLease(name, self.gate, tick, None, self.model)
         assert self.gate.enter(tick, None)
+        self.first_uses.limit(lease)
         return lease
+
+    def end_first_uses(self) -> None:
+        """The time of every first use is up."""
+        self.now_s += FIRST_USE_S
+        for ring in tuple(self.alarms):
+            ring()
 
     @property
     def num_leases(self) -> int:

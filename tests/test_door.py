@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+from collections.abc import Callable
 
 import pytest
 from benches import Bench
+from interrupts import interrupted
 
 from modelcache.errors import LeaseTimeoutError
 
@@ -87,6 +90,71 @@ def test_a_ctrl_c_while_waiting_leaves_the_queue(bench):
         bench.pool.settle()
         assert driver.look(lambda machine: dict(machine.waiting)) == {}
     bench.use("b")
+
+
+def lease_one(bench: Bench) -> None:
+    with bench.cache.lease_many("a"):
+        pass
+
+
+def lease_both(bench: Bench) -> None:
+    with bench.cache.lease_many("a", "b"):
+        pass
+
+
+def get_and_enter(bench: Bench) -> None:
+    with bench.cache.get("a"):
+        pass
+
+
+def get_and_call(bench: Bench) -> None:
+    bench.cache.get("a")()
+
+
+def get_and_drop(bench: Bench) -> None:
+    bench.cache.get("a")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("use", [lease_one, lease_both, get_and_enter, get_and_call, get_and_drop])
+def test_an_interrupt_at_any_bytecode_of_a_hit_loses_no_lease(bench: Bench, use: Callable[[Bench], None]):
+    bench.add("a", "b")
+    bench.use("a")
+    bench.use("b")
+    gates = [bench.cache._door.entries[name].gate for name in ("a", "b")]
+    for after in itertools.count():
+        struck = interrupted(lambda: use(bench), after)
+        assert [gate.num_leases for gate in gates] == [0, 0], after
+        assert not bench.cache._door._first_uses._claims, after
+        if not struck:
+            break
+    assert after > 50
+
+
+def test_a_first_use_that_nobody_makes_ends_after_two_seconds_however_many_were_made_before(bench):
+    bench.add("a")
+    bench.use("a")
+    for _ in range(3):
+        bench.cache.get("a")()
+        bench.clock.advance(0.5)
+    kept = bench.cache.get("a")
+    bench.clock.advance(1.75)
+    bench.pool.settle()
+    assert bench.cache.info("a").num_leases == 1
+    bench.clock.advance(0.25)
+    bench.pool.settle()
+    assert bench.cache.info("a").num_leases == 0
+    del kept
+
+
+def test_one_model_leased_in_company_of_none_is_yielded_in_a_tuple(bench):
+    bench.add("a")
+    bench.use("a")
+    leases = bench.cache.lease_many("a")
+    with leases as models:
+        assert models == leases.models == (bench.mover.object_of("a"),)
+    assert repr(leases) == "<Leases 'a'>"
 
 
 def test_a_timeout_of_zero_takes_what_is_there_and_waits_for_nothing(bench):

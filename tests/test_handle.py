@@ -275,7 +275,7 @@ def test_blocks_nest(net):
         assert model.num_leases_now() == 2
 
     assert door.num_leases == 0
-    assert not handle._self_entered
+    assert not handle._self_tie.entered
 
 
 def test_an_inner_block_leaves_the_outer_ones_lease(net):
@@ -304,7 +304,7 @@ def test_threads_use_one_handle_in_blocks_at_once(net):
 
     assert seen == [4, 4, 4, 4]
     assert door.num_leases == 0
-    assert not handle._self_entered
+    assert not handle._self_tie.entered
 
 
 def test_a_block_entered_on_one_thread_may_be_left_on_another(net):
@@ -368,9 +368,8 @@ def test_the_first_call_works_at_a_limit_of_one():
 
 def test_a_first_lease_that_was_given_up_is_replaced_by_a_new_one():
     _, door = net_with()
-    first = door.first_use("flux")
-    handle: Any = ModelHandle("flux", door, first)
-    first.close()
+    handle: Any = ModelHandle("flux", door, door.first_use("flux"))
+    door.end_first_uses()
     assert door.num_leases == 0
 
     assert handle.num_leases_now() == 1
@@ -379,11 +378,10 @@ def test_a_first_lease_that_was_given_up_is_replaced_by_a_new_one():
 
 def test_a_timer_that_runs_out_inside_the_first_call_takes_nothing():
     _, door = net_with()
-    first = door.first_use("flux")
-    handle: Any = ModelHandle("flux", door, first)
+    handle: Any = ModelHandle("flux", door, door.first_use("flux"))
 
     with handle:
-        first.close()
+        door.end_first_uses()
         assert door.num_leases == 1
 
     assert door.num_leases == 0
@@ -745,7 +743,7 @@ def test_an_interrupt_at_any_bytecode_loses_no_lease(use: Callable[[Any], None],
         door = OneModel(Talker(), CPU)
         handle = ModelHandle("flux", door, door.first_use("flux") if with_first else None)
         struck = interrupted(functools.partial(use, handle), after)
-        expected = 1 if with_first and handle._self_first is not None else 0
+        expected = 1 if with_first and handle._self_tie.first is not None else 0
         # Interrupted while a block is left, before its lease is out of the handle, that lease goes with the handle.
         if use is not enter:
             assert door.num_leases == expected, after

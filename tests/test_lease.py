@@ -8,13 +8,23 @@ import itertools
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from interrupts import interrupted
 
 from modelcache.errors import LeaseClosedError
-from modelcache.lease import FirstUseLease, Lease, Leases, current_holder
+from modelcache.lease import (
+    FIRST_USE_S,
+    FirstUseLease,
+    FirstUses,
+    Lease,
+    Leases,
+    SeveralLeases,
+    SoleLease,
+    current_holder,
+)
 from modelcache.runtime.gate import Gate
 
 
@@ -190,7 +200,48 @@ def test_a_lease_made_before_its_model_was_loaded_is_filled_later():
 # --- the first-use lease ----------------------------------------------------------------------------------------------
 
 
-def test_a_first_use_lease_dropped_open_is_returned_without_a_word(gate: Gate):
+class Hourglass:
+    """The clock of the first uses, and the one who calls at its times."""
+
+    def __init__(self, told: list[str] | None = None) -> None:
+        self.now_s = 0.0
+        self.alarms: list[tuple[float, Callable[[], None]]] = []
+        self.num_alarms = 0
+        self.uses = FirstUses(lambda: self.now_s, self.at_latest, None if told is None else told.append)
+
+    def at_latest(self, in_s: float, ring: Callable[[], None]) -> None:
+        self.num_alarms += 1
+        self.alarms.append((self.now_s + in_s, ring))
+
+    def advance(self, by_s: float) -> None:
+        self.now_s += by_s
+        due = [(at_s, ring) for at_s, ring in self.alarms if at_s <= self.now_s]
+        self.alarms = [alarm for alarm in self.alarms if alarm not in due]
+        for _, ring in due:
+            ring()
+
+    def take(self, gate: Gate, told: list[str] | None = None) -> FirstUseLease:
+        lease: FirstUseLease = take(gate, kind=FirstUseLease, told=told)
+        self.uses.limit(lease)
+        return lease
+
+
+@pytest.fixture
+def glass() -> Hourglass:
+    return Hourglass()
+
+
+def test_a_first_use_lease_that_ended_cannot_be_taken_over(gate: Gate, glass: Hourglass):
+    ended, closed = glass.take(gate), glass.take(gate)
+    closed.close()
+    glass.advance(FIRST_USE_S)
+
+    assert ended.take_over("a call") is None
+    assert closed.take_over("a call") is None
+    assert gate.num_leases == 0
+
+
+def test_a_first_use_lease_that_was_never_limited_is_returned_when_dropped(gate: Gate):
     lease = take(gate, kind=FirstUseLease)
 
     with warnings.catch_warnings():
@@ -200,32 +251,48 @@ def test_a_first_use_lease_dropped_open_is_returned_without_a_word(gate: Gate):
     assert gate.num_leases == 0
 
 
-def test_a_first_use_lease_taken_over_outlives_its_timer(gate: Gate):
-    first = take(gate, kind=FirstUseLease)
+def test_a_first_use_lease_dropped_open_is_returned_without_a_word(gate: Gate, glass: Hourglass):
+    lease = glass.take(gate)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        del lease
+
+    assert gate.num_leases == 0
+    assert not glass.uses._claims
+
+
+def test_a_first_use_lease_that_ended_is_dropped_without_a_word(gate: Gate, glass: Hourglass):
+    lease = glass.take(gate)
+    glass.advance(FIRST_USE_S)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        del lease
+
+    assert gate.num_leases == 0
+
+
+def test_a_first_use_lease_taken_over_outlives_its_time(gate: Gate, glass: Hourglass):
+    first = glass.take(gate)
     model = first.model
 
     lease = first.take_over("a call")
-    first.close()
+    glass.advance(FIRST_USE_S)
 
     assert gate.holders() == ("a call",)
+    assert lease is not None
     assert lease.model is model
-    assert not first.is_open
     lease.close()
     assert gate.num_leases == 0
 
 
-def test_a_first_use_lease_that_ended_cannot_be_taken_over(gate: Gate):
-    first = take(gate, kind=FirstUseLease)
-    first.close()
+def test_a_first_use_lease_is_taken_over_once(gate: Gate, glass: Hourglass):
+    first = glass.take(gate)
 
-    assert first.take_over("a call") is None
-    assert gate.num_leases == 0
-
-
-def test_a_first_use_lease_is_taken_over_once(gate: Gate):
-    first = take(gate, kind=FirstUseLease)
-
-    with first.take_over("one") as model:
+    lease = first.take_over("one")
+    assert lease is not None
+    with lease as model:
         assert isinstance(model, Model)
         assert first.take_over("another") is None
         assert gate.holders() == ("one",)
@@ -233,40 +300,123 @@ def test_a_first_use_lease_is_taken_over_once(gate: Gate):
     assert gate.num_leases == 0
 
 
-def test_taking_over_at_a_limit_of_one_needs_no_second_place(gate: Gate):
+def test_taking_over_at_a_limit_of_one_needs_no_second_place(gate: Gate, glass: Hourglass):
     gate.limit = 1
-    first = take(gate, kind=FirstUseLease)
+    lease = glass.take(gate).take_over("a call")
 
-    with first.take_over("a call"):
+    assert lease is not None
+    with lease:
         assert gate.num_leases == 1
 
 
-def test_a_lease_taken_over_and_dropped_warns(gate: Gate):
-    lease = take(gate, kind=FirstUseLease).take_over("a call")
+def test_a_lease_taken_over_and_dropped_warns(gate: Gate, glass: Hourglass):
+    lease = glass.take(gate).take_over("a call")
+    assert lease is not None
 
     with pytest.warns(ResourceWarning, match="'flux'"):
         del lease
 
+    assert gate.num_leases == 0
 
-def test_of_a_timer_and_a_first_use_exactly_one_gets_the_lease(gate: Gate):
+
+def test_first_uses_end_each_in_its_own_time(gate: Gate, glass: Hourglass):
+    first = glass.take(gate)
+    glass.advance(1.0)
+    second = glass.take(gate)
+
+    glass.advance(0.5)
+    assert gate.num_leases == 2
+    glass.advance(0.5)
+    assert gate.num_leases == 1
+    assert first.take_over("a call") is None
+    glass.advance(0.75)
+    assert gate.num_leases == 1
+    glass.advance(0.25)
+    assert gate.num_leases == 0
+    del second
+
+
+def test_first_uses_that_are_used_at_once_share_one_alarm(gate: Gate, glass: Hourglass):
+    for _ in range(100):
+        lease = glass.take(gate).take_over("a call")
+        assert lease is not None
+        lease.close()
+
+    assert glass.num_alarms == 1
+    glass.advance(FIRST_USE_S)
+    assert not glass.alarms
+    kept = glass.take(gate)
+    glass.advance(FIRST_USE_S)
+    assert gate.num_leases == 0
+    del kept
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_first_use_that_ends_at_a_closed_gate_is_told(gate: Gate, closed: bool):
+    told: list[str] = []
+    glass = Hourglass(told)
+    lease = glass.take(gate)
+    gate.closed = closed
+
+    glass.advance(FIRST_USE_S)
+
+    assert told == (["flux"] if closed else [])
+    del lease
+
+
+def test_of_the_clock_and_a_first_use_exactly_one_gets_the_lease(gate: Gate):
     for _ in range(300):
-        first = take(gate, kind=FirstUseLease)
+        glass = Hourglass()
+        first = glass.take(gate)
         start = threading.Barrier(2)
-        got: list[Lease | None] = []
 
-        def expire(first: FirstUseLease = first, start: threading.Barrier = start) -> None:
+        def expire(glass: Hourglass = glass, start: threading.Barrier = start) -> None:
             start.wait()
-            first.close()
+            glass.advance(FIRST_USE_S)
 
         timer = threading.Thread(target=expire)
         timer.start()
         start.wait()
-        got.append(first.take_over("a call"))
+        lease = first.take_over("a call")
         timer.join()
 
-        assert gate.num_leases == (0 if got[0] is None else 1)
-        if got[0] is not None:
-            got[0].close()
+        assert gate.num_leases == (0 if lease is None else 1)
+        if lease is not None:
+            lease.close()
+
+
+def test_first_uses_come_and_go_while_the_clock_ends_some(gate: Gate):
+    glass = Hourglass()
+    is_over = threading.Event()
+    taken: list[int] = []
+
+    def use() -> None:
+        num_taken = 0
+        for _ in range(500):
+            lease = glass.take(gate).take_over("a call")
+            if lease is not None:
+                num_taken += 1
+                lease.close()
+            glass.take(gate).close()
+        taken.append(num_taken)
+
+    def ring() -> None:
+        while not is_over.is_set():
+            glass.now_s += 1.0
+            glass.uses._ring(glass.uses._alarm)
+
+    ringer = threading.Thread(target=ring)
+    users = [threading.Thread(target=use) for _ in range(3)]
+    for thread in (ringer, *users):
+        thread.start()
+    for thread in users:
+        thread.join()
+    is_over.set()
+    ringer.join()
+
+    assert len(taken) == 3
+    assert gate.num_leases == 0
+    assert not glass.uses._claims
 
 
 # --- several at once --------------------------------------------------------------------------------------------------
@@ -275,7 +425,7 @@ def test_of_a_timer_and_a_first_use_exactly_one_gets_the_lease(gate: Gate):
 def test_several_leases_yield_their_models_in_order_and_return_together(gate: Gate):
     leases = [take(gate), take(gate)]
     models = tuple(lease.model for lease in leases)
-    together = Leases(leases)
+    together = SeveralLeases(leases)
 
     with together as got:
         assert got == models
@@ -288,8 +438,34 @@ def test_several_leases_yield_their_models_in_order_and_return_together(gate: Ga
 
 
 def test_several_leases_return_together_when_the_block_raises(gate: Gate):
-    with pytest.raises(ZeroDivisionError), Leases([take(gate), take(gate)]):
+    with pytest.raises(ZeroDivisionError), SeveralLeases([take(gate), take(gate)]):
         1 / 0  # noqa: B018
+
+    assert gate.num_leases == 0
+
+
+def test_leases_on_one_model_are_leases_too(gate: Gate):
+    sole = take(gate, kind=SoleLease)
+    model = sole.model
+
+    assert isinstance(sole, Leases)
+    assert repr(sole) == "<Leases 'flux'>"
+    with sole as got:
+        assert got == (model,)
+        assert sole.models == (model,)
+
+    assert gate.num_leases == 0
+    with pytest.raises(LeaseClosedError):
+        sole.models
+    with pytest.raises(LeaseClosedError), sole:
+        pass
+
+
+def test_leases_on_one_model_dropped_open_warn(gate: Gate):
+    sole = take(gate, kind=SoleLease)
+
+    with pytest.warns(ResourceWarning, match="'flux'"):
+        del sole
 
     assert gate.num_leases == 0
 
@@ -299,7 +475,7 @@ def test_several_leases_return_together_when_the_block_raises(gate: Gate):
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("kind", ["lease", "first use", "dropped"])
+@pytest.mark.parametrize("kind", ["lease", "closed", "first use", "dropped"])
 def test_an_interrupt_at_any_bytecode_loses_no_lease_and_no_notice(kind: str):
     num_points = 0
     for after in itertools.count():
@@ -313,8 +489,11 @@ def test_an_interrupt_at_any_bytecode_loses_no_lease_and_no_notice(kind: str):
                 return
             gate.watched = True
             if kind == "first use":
+                Hourglass(told).uses.limit(lease)
                 lease = lease.take_over("a call")
-            if kind != "dropped":
+            if kind == "closed":
+                lease.close()
+            elif kind != "dropped":
                 with lease:
                     pass
 
@@ -325,6 +504,23 @@ def test_an_interrupt_at_any_bytecode_loses_no_lease_and_no_notice(kind: str):
             break
         num_points += 1
     assert num_points > 10
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_while_the_alarm_is_set_leaves_no_first_use_without_one():
+    for after in itertools.count():
+        glass, gate = Hourglass(), Gate()
+        gate.open_()
+        struck = interrupted(lambda glass=glass, gate=gate: glass.take(gate), after)
+        kept = glass.take(gate)
+        assert gate.num_leases == 1, after
+        glass.advance(FIRST_USE_S)
+        assert gate.num_leases == 0, after
+        assert kept.take_over("a call") is None
+        if not struck:
+            break
+    assert after > 20
 
 
 # --- who holds it -----------------------------------------------------------------------------------------------------

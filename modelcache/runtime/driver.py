@@ -172,6 +172,11 @@ class Driver:
         """Makes sequence numbers; one for each lease."""
         return self._ticks.__next__
 
+    @property
+    def now_s(self) -> Callable[[], float]:
+        """The clock that deadlines are on."""
+        return self._clock.now_s
+
     def tell(self, event: Event) -> None:
         """Post an event; it is taken soon. Never blocks, and safe in finalizers."""
         self._mailbox.put(event)
@@ -244,8 +249,8 @@ class Driver:
     def at_latest(self, in_s: float, act: Callable[[], None]) -> None:
         """Call `act` on the driver's thread in `in_s` seconds; for things that all last equally long, and are short."""
         self._fleeting.append((self._clock.now_s() + in_s, act))
-        if len(self._fleeting) == 1:
-            self._mailbox.put(_POKE)
+        # Also where others wait before it: the caller who added one of them may have been interrupted here.
+        self._mailbox.put(_POKE)
 
     def is_loading_here(self, thread: int) -> str | None:
         """The model whose loader runs on this thread, if one does."""

@@ -13,6 +13,9 @@ class Gate:
     of them first (`watched` before it opens, or it reads `num_leases` again) and is told. A refused caller shows for an
     instant: a gate may look busy that is not, and of two callers at a limit of one both may be refused, never let in.
 
+    The hit path has these few steps written out, in the same order: `enter` in `door.FrontDoor.lease` and `first_use`,
+    `leave` in `lease.Lease.__exit__`.
+
     This needs ``open[tick] = x``, ``open.pop`` and ``len(open)`` to be one step each, and every thread to see writes in
     one order. The GIL gives both; a free-threaded build has per-dictionary locks and atomic attribute stores instead.
     """

@@ -1,8 +1,9 @@
 """The gate over every interleaving of the shared reads and writes of three threads, one operation each.
 
-An operation is the real code of `Gate` (and of `Lease.close` for leaving), run on a gate whose fields are traced: one
-step performs one shared access and stops before the next. A stopped operation is continued by running it again from its
-start with the answers its accesses had before, so no thread is needed and every schedule is tried.
+An operation is the real code that a caller runs (the hit of the front door, which has the steps of `Gate.enter` in it,
+`Gate.enter` itself, and each way a lease is returned), run on a gate whose fields are traced: one step performs one
+shared access and stops before the next. A stopped operation is continued by running it again from its start with the
+answers its accesses had before, so no thread is needed and every schedule is tried.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Any
 
 import pytest
 
-from modelcache.lease import Lease
+from modelcache import door as doors
+from modelcache.door import Entry, FrontDoor
+from modelcache.lease import FirstUseLease, FirstUses, Lease, SoleLease
 from modelcache.runtime.gate import Gate
 
 
@@ -31,9 +34,10 @@ class Memory:
     watched: bool = False
     limit: int = 0
     tick: int = 0
+    claims: dict[int, object] = field(default_factory=dict)
 
     def copy(self) -> Memory:
-        return Memory(dict(self.open), self.closed, self.watched, self.limit, self.tick)
+        return Memory(dict(self.open), self.closed, self.watched, self.limit, self.tick, dict(self.claims))
 
 
 class Tape:
@@ -53,22 +57,31 @@ class Tape:
         return self.answers[self.position - 1]
 
 
-class TracedOpen:
-    """The dictionary of open leases, each of its steps one access."""
+class TracedDict:
+    """A dictionary that threads share, each of its steps one access: the open leases, or the claims on first uses."""
 
-    def __init__(self, tape: Tape) -> None:
-        self.tape = tape
+    def __init__(self, tape: Tape, which: str, prefix: str = "") -> None:
+        self.tape, self.which, self.prefix = tape, which, prefix
 
-    def __setitem__(self, tick: int, holder: object) -> None:
-        self.tape.access(f"put {tick}", lambda: self.tape.memory.open.__setitem__(tick, holder))
+    @property
+    def shared(self) -> dict[int, object]:
+        shared: dict[int, object] = getattr(self.tape.memory, self.which)
+        return shared
+
+    def __setitem__(self, tick: int, value: object) -> None:
+        self.tape.access(f"{self.prefix}put {tick}", lambda: self.shared.__setitem__(tick, value))
 
     def pop(self, tick: int, default: object) -> object:
         # The default stands for "was not there"; it is another object in each run, so it is not recorded itself.
-        found = self.tape.access(f"pop {tick}", lambda: (self.tape.memory.open.pop(tick, TracedOpen),))[0]
-        return default if found is TracedOpen else found
+        found = self.tape.access(f"{self.prefix}pop {tick}", lambda: (self.shared.pop(tick, TracedDict),))[0]
+        return default if found is TracedDict else found
+
+    def items(self) -> list[tuple[int, object]]:
+        items: list[tuple[int, object]] = self.tape.access(f"{self.prefix}items", lambda: list(self.shared.items()))
+        return items
 
     def __len__(self) -> int:
-        return self.tape.access("len", lambda: len(self.tape.memory.open))
+        return self.tape.access(f"{self.prefix}len", lambda: len(self.shared))
 
 
 def traced(name: str) -> property:
@@ -87,12 +100,12 @@ class TracedGate(Gate):
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
 
-    open = property(lambda self: TracedOpen(self.tape))
+    open = property(lambda self: TracedDict(self.tape, "open"))
     closed, watched = traced("closed"), traced("watched")
     limit, tick = traced("limit"), traced("tick")
 
 
-class UnfinalizedLease(Lease):
+class Unfinalized:
     """A lease whose interrupted copies, left behind by each stopped step, do nothing on collection."""
 
     __slots__ = ()
@@ -101,20 +114,116 @@ class UnfinalizedLease(Lease):
         pass
 
 
+class UnfinalizedLease(Unfinalized, Lease):
+    __slots__ = ()
+
+
+class UnfinalizedSoleLease(Unfinalized, SoleLease):
+    __slots__ = ()
+
+
+class UnfinalizedFirstUseLease(Unfinalized, FirstUseLease):
+    __slots__ = ()
+
+
+@pytest.fixture(autouse=True)
+def _unfinalized(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The one kind of lease that the front door is not given.
+    monkeypatch.setattr(doors, "FirstUseLease", UnfinalizedFirstUseLease)
+
+
+class Refused(Exception):
+    """The front door went on to ask the driver."""
+
+
+class NoDriver:
+    """What the front door needs for a hit, with a chosen tick."""
+
+    is_forked = False
+
+    def __init__(self, tick: int) -> None:
+        self.next_tick = lambda: tick
+        self.told: list[str] = []
+        self.lease_returned = self.told.append
+        self.now_s = lambda: 0.0
+
+    def at_latest(self, in_s: float, act: Callable[[], None]) -> None:
+        pass
+
+    def is_loading_here(self, thread: int) -> None:
+        del thread
+
+    def ask(self, *args: object, **kwargs: object) -> None:
+        raise Refused
+
+
+MODEL = object()
 Operation = Callable[[Gate], Any]
+WAYS_IN = ("gate", "lease", "sole", "first use")
+WAYS_OUT = ("close", "block", "sole block", "finalizer", "first use dropped")
 
 
-def entering(tick: int) -> Operation:
-    return lambda gate: gate.enter(tick, "holder")
+def entering(tick: int, way: str = "gate") -> Operation:
+    def enter(gate: Gate) -> bool:
+        if way == "gate":
+            return gate.enter(tick, "holder")
+        door = FrontDoor(NoDriver(tick), lambda _name: MODEL, object, KeyError, str)  # type: ignore[arg-type]
+        door.entries["m"] = entry = Entry("m", gate)
+        entry.model = MODEL
+        try:
+            if way == "first use":
+                door.first_use("m", None)
+            else:
+                door.lease("m", None, UnfinalizedSoleLease if way == "sole" else UnfinalizedLease)
+        except Refused:
+            return False
+        return True
+
+    return enter
 
 
-def leaving(tick: int) -> Operation:
+def leaving(tick: int, way: str = "close") -> Operation:
     def leave(gate: Gate) -> bool:
         told: list[str] = []
-        UnfinalizedLease("m", gate, tick, told.append, object()).close()
+        kind = {"sole block": UnfinalizedSoleLease, "first use dropped": UnfinalizedFirstUseLease}.get(
+            way, UnfinalizedLease
+        )
+        lease = kind("m", gate, tick, told.append, MODEL)
+        match way:
+            case "close":
+                lease.close()
+            case "block" | "sole block":
+                with lease:
+                    pass
+            case _:
+                # The body of the finalizer, and not the warning after it.
+                lease._give_back()
         return bool(told)
 
     return leave
+
+
+def taking_over(tick: int) -> Operation:
+    def take_over(gate: Gate) -> bool:
+        lease = UnfinalizedFirstUseLease("m", gate, tick, None, MODEL)
+        lease._claims = claims_of(gate)
+        return lease.take_over("a call") is not None
+
+    return take_over
+
+
+def ending_first_uses(gate: Gate) -> bool:
+    told: list[str] = []
+    uses = FirstUses(lambda: 5.0, lambda _in_s, _act: None, told.append)
+    uses._claims = claims_of(gate)
+    # What the claims hold of the gate is made here: it has to be the one of this run.
+    uses._claims.items = lambda: [(tick, (0.0, gate, "m")) for tick, _ in claims_of(gate).items()]
+    uses._end_due()
+    return bool(told)
+
+
+def claims_of(gate: Any) -> Any:
+    return TracedDict(gate.tape, "claims", "claim ")
 
 
 def closing(gate: Gate) -> int:
@@ -144,13 +253,26 @@ class Ending:
 
 
 def schedules(
-    operations: tuple[Operation, ...], memory: Memory, gate_type: type[TracedGate] = TracedGate
+    operations: tuple[Operation, ...],
+    memory: Memory,
+    gate_type: type[TracedGate] = TracedGate,
+    *,
+    by_state: bool = False,
 ) -> Iterator[Ending]:
-    """Every order in which the shared accesses of the operations can happen."""
+    """Every order in which the shared accesses of the operations can happen.
+
+    `by_state`: of those that come to the same state on the way, one is gone on with; its trace is one of several.
+    """
+    seen: set[str] = set()
 
     def explore(
         memory: Memory, answers: dict[int, list[Any]], results: dict[int, Any], trace: tuple[tuple[int, str], ...]
     ) -> Iterator[Ending]:
+        if by_state:
+            state = repr((memory, sorted(answers.items()), sorted(results.items())))
+            if state in seen:
+                return
+            seen.add(state)
         if len(results) == len(operations):
             yield Ending(trace, results, memory)
         for thread in answers.keys() - results.keys():
@@ -206,6 +328,26 @@ def test_the_enumeration_tries_every_order():
     assert len(list(schedules((opening, opening, opening), Memory()))) == 6
 
 
+@pytest.mark.parametrize("limit", [0, 1])
+@pytest.mark.parametrize("ways", list(itertools.combinations_with_replacement(WAYS_IN, 2)))
+def test_a_gate_seen_idle_by_its_closer_lets_nobody_in_by_any_way(ways: tuple[str, str], limit: int):
+    operations = (closing, entering(1, ways[0]), entering(2, ways[1]))
+    for ending in schedules(operations, Memory(limit=limit), by_state=True):
+        assert not idle_with_a_lease_in(ending, 0, (1, 2)), ending
+        assert sorted(ending.memory.open) == [tick for tick in (1, 2) if ending.results[tick]], ending
+        assert ending.memory.tick in {0, *ending.memory.open}, ending
+
+
+@pytest.mark.parametrize("way", WAYS_IN)
+def test_going_by_states_finds_what_going_by_orders_finds(way: str):
+    def outcomes(*, by_state: bool) -> set[str]:
+        operations = (closing, entering(1, way), leaving(7, "block"))
+        endings = schedules(operations, Memory(open={7: "holder"}), by_state=by_state)
+        return {repr((sorted(ending.results.items()), ending.memory)) for ending in endings}
+
+    assert outcomes(by_state=True) == outcomes(by_state=False)
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("limit", [0, 1])
 def test_a_gate_seen_idle_by_its_closer_lets_nobody_in(limit: int):
@@ -226,8 +368,9 @@ def test_a_gate_seen_idle_has_lost_the_lease_that_was_in_it():
             assert ending.when(2, "pop 7") < ending.when(0, "len"), ending
 
 
-def test_a_closer_who_saw_a_lease_is_told_when_it_returns():
-    for ending in schedules((closing, leaving(7), entering(1)), Memory(open={7: "holder"})):
+@pytest.mark.parametrize("way", WAYS_OUT)
+def test_a_closer_who_saw_a_lease_is_told_when_it_returns(way: str):
+    for ending in schedules((closing, leaving(7, way), entering(1)), Memory(open={7: "holder"})):
         if ending.when(1, "pop 7") > ending.when(0, "len"):
             assert ending.results[1], ending
             assert ending.memory.watched, ending
@@ -261,9 +404,11 @@ def test_any_three_operations_leave_the_gate_whole(operations: tuple[str, ...]):
             assert not idle_with_a_lease_in(ending, closer, enterers), ending
 
 
-def test_two_callers_at_a_limit_of_one_are_never_both_let_in():
+@pytest.mark.parametrize("ways", list(itertools.combinations_with_replacement(WAYS_IN, 2)))
+def test_two_callers_at_a_limit_of_one_are_never_both_let_in(ways: tuple[str, str]):
     outcomes = set()
-    for ending in schedules((entering(1), entering(2), opening), Memory(limit=1)):
+    operations = (entering(1, ways[0]), entering(2, ways[1]), opening)
+    for ending in schedules(operations, Memory(limit=1), by_state=True):
         assert len(ending.memory.open) <= 1, ending
         outcomes.add((ending.results[0], ending.results[1]))
     assert outcomes == {(True, False), (False, True), (False, False)}
@@ -275,6 +420,25 @@ def test_a_lease_leaves_once_however_many_return_it():
 
     for ending in schedules((leave, leave, leave), Memory(open={7: None})):
         assert sorted(ending.results.values()) == [False, False, True], ending
+
+
+def test_of_two_first_uses_and_the_clock_exactly_one_gets_the_lease():
+    winners = set()
+    memory = Memory(open={7: None}, claims={7: "ends"})
+    for ending in schedules((taking_over(7), taking_over(7), ending_first_uses), memory, by_state=True):
+        won = [thread for thread in (0, 1) if ending.results[thread]]
+        assert len(won) <= 1, ending
+        assert ending.memory.open == ({7: "a call"} if won else {}), ending
+        assert not ending.memory.claims, ending
+        winners.add(tuple(won))
+    assert winners == {(0,), (1,), ()}
+
+
+def test_a_closer_who_saw_a_first_use_is_told_when_the_clock_ends_it():
+    memory = Memory(open={7: None}, claims={7: "ends"})
+    for ending in schedules((closing, ending_first_uses, taking_over(7)), memory):
+        if not ending.results[2] and ending.when(1, "pop 7") > ending.when(0, "len"):
+            assert ending.results[1], ending
 
 
 def test_a_new_gate_is_closed():
