@@ -178,3 +178,13 @@ def test_ram_that_was_given_up_is_unmapped(tmp_path):
         before = cache._parts.measure().ram
         lower(cache, MODEL_BYTES)
         assert before - cache._parts.measure().ram >= 3 * MODEL_BYTES
+
+
+def test_the_workspace_of_an_idle_model_makes_room_wherever_the_model_is():
+    with ModelCache(device="host_only", ram="4MiB", progress=False) as cache:
+        for name in "abc":
+            cache.register(name, lambda: torch.nn.LayerNorm(125_000), workspace="1.5MiB", reload=True)
+        for name in "abcab":
+            with cache.get(name, timeout=10):
+                pass
+        cache._driver.look(lambda machine: machine.validate())

@@ -135,7 +135,6 @@ class Flights:
             part.ooms = 0
         if part.is_cold:
             self._books.resident.discard(part.facts.part)
-            self._books.in_use.discard(part.facts.part)
         else:
             self._books.resident.add(part.facts.part)
             if part.vram:
@@ -179,9 +178,9 @@ class Flights:
         account.reserve(size)
         account.commit(size)
         model.workspace_charged = True
+        # Wherever they are: whoever it was charged for may leave before they come up.
         for part in model.parts:
-            if part in self._books.resident:
-                self._books.in_use.add(part)
+            self._books.in_use.add(part)
         waiting.claims = (
             Room(claims.vram - size, claims.ram, claims.disk)
             if self._books.top is Tier.VRAM

@@ -710,6 +710,9 @@ class Machine:
             assert account.reserved_bytes == moving.of(tier), (tier, account, moving)
             assert account.draining_bytes == draining.of(tier), (tier, account, draining)
         for model in books.models.values():
+            if model.workspace_charged and model.parts:
+                parts = [books.parts[part] for part in model.parts]
+                assert all(part.facts.part in books.in_use for part in parts), model
             if model.gate_is_open:
                 assert books.is_up(model), model
                 assert self.is_charged(model), model

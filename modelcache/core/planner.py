@@ -297,7 +297,10 @@ class Planner:
                     return
 
     def _give_up_whole(self, draft: _Draft, part: Part) -> None:
-        if part.is_cold or not self.may_leave_whole(part):
+        if self._books.top is Tier.RAM:
+            for name in part.models:
+                draft.take_workspace(self._books.models[name])
+        if part.is_cold or draft.ram >= 0 or not self.may_leave_whole(part):
             return
         if draft.vram >= 0 and draft.ram_left(part) <= 0:
             # All that RAM has of it goes already: giving up what VRAM holds too would bring nothing.

@@ -334,7 +334,7 @@ class Books:
     """Everything the planner reads: parts, models and accounts. Written by the machine alone.
 
     `resident` has the parts that a tier above disk holds; `in_use` those that the top tier holds anything of, or of
-    whose models it holds the workspace, and perhaps some more.
+    whose models it holds the workspace (be the part there or not), and perhaps some more.
     """
 
     top: Tier

@@ -170,6 +170,12 @@ WORLDS = {
         [(early("a"), early("c")), (early("b"), WantGone("a", None)), (early("a"),)],
         failures=1,
     ),
+    "host only, with workspaces": lambda: World(
+        Budgets(ram=6, top=Tier.RAM),
+        three_models(3, workspace_bytes=2),
+        [(lease("a"), lease("b")), (lease("b"), lease("c")), (lease("c"),)],
+        cancels=1,
+    ),
     "host only": lambda: World(
         Budgets(ram=4, top=Tier.RAM),
         three_models(3, workspace_bytes=0),
