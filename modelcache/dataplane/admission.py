@@ -6,10 +6,8 @@ part of its own. Nothing is copied.
 
 from __future__ import annotations
 
-import bisect
 import itertools
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,6 +30,7 @@ from modelcache.dataplane.inventory import (
 from modelcache.dataplane.loaded import LoadedModel
 from modelcache.dataplane.parts import Member, Part
 from modelcache.dataplane.source import Built, Source
+from modelcache.dataplane.whereabouts import Share, Whereabouts
 from modelcache.errors import LoaderError
 from modelcache.spec import ModelSpec
 
@@ -50,20 +49,19 @@ class Admission:
     Args:
         segment_bytes: About how large a segment is.
         make_lock: Where locks come from.
+        whereabouts: Knows the parts of all loaded models.
     """
 
     segment_bytes: int
     make_lock: Callable[[], AbstractContextManager[object]]
+    whereabouts: Whereabouts
 
-    def admit(
-        self, spec: ModelSpec, built: Built, known: Callable[[], Iterable[Part]], dispatch: Dispatch | None = None
-    ) -> LoadedModel:
+    def admit(self, spec: ModelSpec, built: Built, dispatch: Dispatch | None = None) -> LoadedModel:
         """Lay a model out and join it to the parts that it shares.
 
         Args:
             spec: As registered.
             built: What the loader made, whole.
-            known: The parts of all loaded models, read anew in each round.
             dispatch: Its other form, taken off; its offloaded tensors get a part of their own.
 
         Raises:
@@ -76,11 +74,11 @@ class Admission:
                 raise _broken(spec, reason)
         _require_data(spec, found, built.source)
         for _ in range(_ROUNDS):
-            shared = _shared(found.slots, known())
+            shared = self.whereabouts.shared(found.slots)
             with ExitStack() as stack:
                 for part in sorted({each.part for each in shared.values()}, key=lambda part: part.id):
                     stack.enter_context(part.lock)
-                if _shared(found.slots, known()) == shared:
+                if not shared or self.whereabouts.shared(found.slots) == shared:
                     return self._join(spec, built, modules, found, shared, dispatch)
         raise _broken(spec, "returned tensors of another loaded model that is on the move; lease that model meanwhile")
 
@@ -90,7 +88,7 @@ class Admission:
         built: Built,
         modules: Mapping[str, torch.nn.Module],
         found: Walk,
-        shared: dict[int, _Share],
+        shared: dict[int, Share],
         dispatch: Dispatch | None,
     ) -> LoadedModel:
         _require_no_offloaded(spec, shared)
@@ -102,7 +100,11 @@ class Admission:
             storages, offloaded = (
                 group([slot for slot in own if (id(slot.tensor) in away) is is_away]) for is_away in (False, True)
             )
-            members = [share.member(slot, spec.name) for slot, share in _with(found.slots, shared)]
+            members = [
+                (shared[id(slot.tensor)].part, _joining(shared[id(slot.tensor)], slot, spec.name))
+                for slot in found.slots
+                if id(slot.tensor) in shared
+            ]
         except ValueError as error:
             raise _broken(spec, f"returned a model that cannot be laid out: {error}") from error
         parts: list[Part] = []
@@ -168,7 +170,7 @@ def _point_hooks(dispatch: Dispatch, parts: Iterable[Part], model: str) -> None:
         mapped.table[mapped.key] = mapped.entry
 
 
-def _require_no_offloaded(spec: ModelSpec, shared: Mapping[int, _Share]) -> None:
+def _require_no_offloaded(spec: ModelSpec, shared: Mapping[int, Share]) -> None:
     for share in shared.values():
         if share.part.is_offloaded:
             raise _broken(
@@ -178,61 +180,18 @@ def _require_no_offloaded(spec: ModelSpec, shared: Mapping[int, _Share]) -> None
             )
 
 
-@dataclass(frozen=True, slots=True)
-class _Share:
-    """Where a tensor lies in a part that is there already; `start` is the address of its storage."""
-
-    part: Part
-    storage: int
-    start: int | None
-
-    def member(self, slot: Slot, model: str) -> tuple[Part, Member]:
-        known = self.part.members.get(id(slot.tensor))
-        if known is not None:
-            return self.part, Member(slot.name, slot.tensor, known.storage, known.view, {model})
-        assert self.start is not None
-        view = view_from(slot, self.start)
-        if view.offset_bytes + view.extent_bytes > self.part.image.storages[self.storage].size_bytes:
-            raise ValueError(f"tensor {slot.name!r} reaches beyond the memory it shares with {self.part.model!r}")
-        return self.part, Member(slot.name, slot.tensor, self.storage, view, {model})
-
-
-def _with(slots: list[Slot], shared: Mapping[int, _Share]) -> Iterable[tuple[Slot, _Share]]:
-    return ((slot, shared[id(slot.tensor)]) for slot in slots if id(slot.tensor) in shared)
-
-
-def _shared(slots: list[Slot], parts: Iterable[Part]) -> dict[int, _Share]:
-    """Which tensors lie in known parts: the same object, or memory inside one of their storages."""
-    parts = list(parts)
-    by_object = {key: part for part in parts for key in list(part.members)}
-    ranges = sorted((each for part in parts for each in _ranges(part)), key=lambda each: each[:3])
-    shares: dict[int, _Share] = {}
-    for slot in slots:
-        tensor = slot.tensor
-        member = by_object[id(tensor)].members.get(id(tensor)) if id(tensor) in by_object else None
-        if member is not None:
-            shares[id(tensor)] = _Share(by_object[id(tensor)], member.storage, None)
-        elif tensor.numel() and not tensor.is_meta:
-            at = bisect.bisect_right(
-                ranges, (str(tensor.device), tensor.data_ptr(), sys.maxsize), key=lambda each: each[:3]
-            )
-            if at and ranges[at - 1][0] == str(tensor.device) and tensor.data_ptr() < ranges[at - 1][2]:
-                shares[id(tensor)] = ranges[at - 1][3]
-    return shares
-
-
-def _ranges(part: Part) -> Iterator[tuple[str, int, int, _Share]]:
-    """Device, start, stop of each storage of a part that is in memory."""
-    for index, place in enumerate(part.image.storages):
-        copy = part.counts(place.segment)
-        if copy is not None:
-            device, start = copy.memory.device, copy.memory.data_ptr() + place.offset_bytes
-        elif part.with_loader[place.segment] and part.readers[index] and not part.readers[index][0].tensor.is_meta:
-            member = part.readers[index][0]
-            device, start = member.tensor.device, member.tensor.data_ptr() - member.view.offset_bytes
-        else:
-            continue
-        yield str(device), start, start + place.size_bytes, _Share(part, index, start)
+def _joining(share: Share, slot: Slot, model: str) -> Member:
+    """The member that a tensor becomes of the part that it lies in."""
+    part = share.part
+    known = part.members.get(id(slot.tensor))
+    if known is not None:
+        return Member(slot.name, slot.tensor, known.storage, known.view, {model})
+    assert share.start is not None
+    view = view_from(slot, share.start)
+    stop = view.offset_bytes + view.extent_bytes
+    if view.offset_bytes < 0 or stop > part.image.storages[share.storage].size_bytes:
+        raise ValueError(f"tensor {slot.name!r} reaches beyond the memory it shares with {part.model!r}")
+    return Member(slot.name, slot.tensor, share.storage, view, {model})
 
 
 def _member(reader: Reader, storage: int, model: str) -> Member:

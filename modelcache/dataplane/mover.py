@@ -34,6 +34,7 @@ from modelcache.dataplane.loaded import LoadedModel, first_uses
 from modelcache.dataplane.parts import Part
 from modelcache.dataplane.source import Built
 from modelcache.dataplane.taken_over import TakenOver
+from modelcache.dataplane.whereabouts import Whereabouts
 from modelcache.dataplane.written import print_of
 from modelcache.errors import (
     CacheClosedError,
@@ -100,7 +101,8 @@ class TorchMover:
             device, page_locked_bytes, spare_bytes=spare_bytes, piece_bytes=segment_bytes, spawn=spawn
         )
         self._tiers = Tiers(device, ram, files)
-        self._admission = Admission(segment_bytes, make_lock)
+        self._whereabouts = Whereabouts(make_lock())
+        self._admission = Admission(segment_bytes, make_lock, self._whereabouts)
         self._build = build
         self._now_s = now_s
         # Guards the two tables and `_closed`. Taken above the locks of parts while a model is admitted, never below.
@@ -132,9 +134,7 @@ class TorchMover:
                 try:
                     self._require_open()
                     self._require_new(spec)
-                    model = self._admission.admit(
-                        spec, Built(built.model, taken.source), lambda: list(self._parts.values()), taken.dispatch
-                    )
+                    model = self._admission.admit(spec, Built(built.model, taken.source), taken.dispatch)
                 except BaseException:
                     taken.undo()
                     raise
@@ -145,6 +145,8 @@ class TorchMover:
                     self._keeper.admitted(model, built.keepable)
                 self._models[spec.name] = model
                 self._parts.update({part.id: part for part in model.parts})
+                for part in model.parts:
+                    self._whereabouts.enter(part)
         return LoadedFacts(
             parts=tuple(self._facts(part) for part in model.parts),
             concurrency=adapters.default_concurrency(built.model),
@@ -411,6 +413,7 @@ class TorchMover:
 
     def _drop(self, part: Part) -> None:
         """Give up all of a part that no model holds; its lock is held."""
+        self._whereabouts.leave(part)
         copies = [copy for copy in (*part.vram, *part.ram) if copy is not None]
         part.vram, part.ram = [None] * part.num_segments, [None] * part.num_segments
         for copy in copies:

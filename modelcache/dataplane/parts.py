@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from modelcache.spec import OnWrite
 
 if TYPE_CHECKING:
     from modelcache.dataplane.arrival import Arrival
+    from modelcache.dataplane.whereabouts import Whereabouts
 
 _STRICTNESS = {OnWrite.DISCARD: 0, OnWrite.WRITEBACK: 1, OnWrite.REFUSE: 2}
 # Bytes that the source cannot give (buffers that no file holds) stay with the skeleton up to this size, so that the
@@ -70,6 +71,7 @@ class Part:
         residue: Storages that the source cannot give, by index.
         ranges: By segment, the copy over its address range on a device that keeps addresses, memory below it or not.
         arrival: Of its last promotion, if calls started during it.
+        whereabouts: Told of its tensor objects and copies while other models may share them.
     """
 
     id: str
@@ -96,6 +98,7 @@ class Part:
     residue: dict[int, torch.Tensor] = field(default_factory=dict)
     ranges: dict[int, Copy] = field(default_factory=dict)
     arrival: Arrival | None = None
+    whereabouts: Whereabouts | None = None
     _ahead: dict[int, Copy] = field(default_factory=dict)
     _members: list[tuple[Member, ...] | None] = field(default_factory=list)
     _tensors: list[list[torch.Tensor]] = field(default_factory=list)
@@ -148,6 +151,10 @@ class Part:
         """The copy whose bytes count, or `None` while the loader or the disk has them."""
         return self.vram[segment] or self.ram[segment]
 
+    def points_at(self, segment: int, copy: Copy) -> bool:
+        """Whether the bytes in a copy count, or will as soon as the move under way is over."""
+        return self._ahead.get(segment) is copy or self.counts(segment) is copy
+
     def is_on_device(self, segment: int) -> bool:
         """Whether its tensors point at the device, where a segment is or arrives."""
         return self.vram[segment] is not None or segment in self._ahead
@@ -181,6 +188,8 @@ class Part:
             self.members[id(member.tensor)] = member
             self.readers[member.storage].append(member)
             self._forget_members(member.storage)
+            if self.whereabouts is not None:
+                self.whereabouts.joined(self, member.tensor)
         else:
             known.holders |= member.holders
 
@@ -192,6 +201,8 @@ class Part:
         del self.members[id(member.tensor)]
         self.readers[member.storage].remove(member)
         self._forget_members(member.storage)
+        if self.whereabouts is not None:
+            self.whereabouts.parted(self, member.tensor)
         return True
 
     def leave(self, model: str) -> None:
@@ -209,32 +220,48 @@ class Part:
         """
         before = (self.vram, self.ram)
         changed = [s for s in range(self.num_segments) if (vram[s] or ram[s]) is not self._pointed_at(s)]
+        for copies in (vram, ram):
+            for segment, copy in enumerate(copies):
+                self._tell_of(segment, copy)
         try:
             self.vram, self.ram = vram, ram
             self._point(changed)
             then()
         except BaseException:
             self.vram, self.ram = before
+            self._take_back(_lacking((*vram, *ram), before))
             self._point([*changed, *self._ahead])
             self._ahead.clear()
             raise
-        kept = {id(copy) for copy in (*vram, *ram) if copy is not None}
-        return [copy for copy in (*before[0], *before[1]) if copy is not None and id(copy) not in kept]
+        gone = _lacking((*before[0], *before[1]), (vram, ram))
+        self._take_back(gone)
+        return gone
+
+    def _tell_of(self, segment: int, copy: Copy | None) -> None:
+        if self.whereabouts is not None and copy is not None:
+            self.whereabouts.holds(self, segment, copy)
+
+    def _take_back(self, copies: Iterable[Copy]) -> None:
+        for copy in copies:
+            if self.whereabouts is not None:
+                self.whereabouts.gave_up(copy)
 
     @contextlib.contextmanager
     def pointed_ahead(self) -> Iterator[Callable[[int, Copy], None]]:
         """Point single segments at copies that `install` will make the part's, and back if it does not."""
 
         def point_ahead(segment: int, copy: Copy) -> None:
+            self._tell_of(segment, copy)
             self._ahead[segment] = copy
             self._point_segment(segment, copy)
 
         try:
             yield point_ahead
         finally:
-            lost = [segment for segment, copy in self._ahead.items() if self.counts(segment) is not copy]
+            lost = {segment: copy for segment, copy in self._ahead.items() if self.counts(segment) is not copy}
             self._ahead.clear()
-            self._point(lost)
+            self._take_back(lost.values())
+            self._point(list(lost))
 
     def _pointed_at(self, segment: int) -> Copy | None:
         return self._ahead.get(segment) or self.counts(segment)
@@ -257,6 +284,12 @@ class Part:
                 return
         for member in members:
             point(member, copy)
+
+
+def _lacking(copies: Iterable[Copy | None], kept: Iterable[Iterable[Copy | None]]) -> list[Copy]:
+    """The copies that are not among those kept."""
+    ids = {id(copy) for each in kept for copy in each}
+    return [copy for copy in copies if copy is not None and id(copy) not in ids]
 
 
 def _given(names: Mapping[str, View], offered: frozenset[str]) -> dict[str, View]:
