@@ -10,13 +10,15 @@ import sys
 import threading
 from asyncio import AbstractEventLoop, get_running_loop
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from threading import current_thread
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from modelcache.core.messages import Want, WantCopy, WantLease
+from modelcache.core.messages import Want, WantLease
 from modelcache.errors import CacheClosedError, ForkedCacheError, UnknownModelError
 from modelcache.lease import (
+    AskedLease,
     FirstUseLease,
     FirstUses,
     Lease,
@@ -27,7 +29,6 @@ from modelcache.lease import (
 )
 from modelcache.runtime.driver import Driver
 from modelcache.runtime.gate import Gate
-from modelcache.tier import Tier
 
 L = TypeVar("L", bound=Lease)
 
@@ -139,7 +140,10 @@ class FrontDoor:
         gate.open[tick] = holder
         if gate.closed or (gate.limit and len(gate.open) > gate.limit):
             lease.close()
-            (lease,) = self._ask((name,), timeout_s, kind, holder, early=early)
+            if early:
+                (asked,) = self._ask((name,), timeout_s, AskedLease, holder, early=True)
+                return cast("L", asked)
+            (lease,) = self._ask((name,), timeout_s, kind, holder)
             return lease
         gate.tick = tick
         if entry.model is None:
@@ -159,8 +163,7 @@ class FrontDoor:
         gate.open[tick] = None
         if gate.closed or (gate.limit and len(gate.open) > gate.limit):
             lease.close()
-            # Its first use may be a call, which can start early; any other use waits, see `settle`.
-            (lease,) = self._ask((name,), timeout_s, FirstUseLease, None, early=True)
+            (lease,) = self._ask((name,), timeout_s, FirstUseLease, None)
         else:
             gate.tick = tick
             if entry.model is None:
@@ -174,10 +177,14 @@ class FrontDoor:
         lease.fill(entry.model)
 
     def settle(self, name: str) -> None:
-        """Wait until the last weights of a model that is on its way are there; no-op otherwise, and once closed."""
+        """Wait until weights that are on their way are there; no-op otherwise, and once closed."""
         entry = self.entries.get(name)
         if entry is not None and entry.gate.closed and self.refusal() is None:
-            self._driver.ask(WantCopy(name, Tier.VRAM))
+            self._driver.mover.settle(name)
+
+    def call(self, name: str) -> AbstractContextManager[None]:
+        """Around a call under a lease that had to be asked for."""
+        return self._driver.mover.call(name)
 
     def limit_first_use(self, lease: FirstUseLease) -> None:
         """Let it end after its time."""

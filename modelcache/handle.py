@@ -10,6 +10,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from threading import current_thread, get_ident
 from types import MethodType, TracebackType
@@ -19,7 +20,7 @@ import wrapt
 
 from modelcache.carrying import settle
 from modelcache.errors import LeaseClosedError, ModelCacheError
-from modelcache.lease import FirstUseLease, Lease, current_holder, running_loop
+from modelcache.lease import AskedLease, FirstUseLease, Lease, current_holder, running_loop
 from modelcache.placement import PLACERS, check_placement, move_inputs
 
 T = TypeVar("T")
@@ -49,11 +50,14 @@ class Door(Protocol):
     def acquire(self, name: str, *, early: bool = False) -> Lease:
         """A lease on the usable model; blocks until it is had. A hit must be cheap: every call comes through here.
 
-        `early`: for one call of the model, which its blocks make wait for weights that are still on their way.
+        `early`: for one call of the model, inside of `call`, which waits for weights that are still on their way.
         """
 
     def settle(self, name: str) -> None:
-        """Wait until the last weights of a model that is on its way are there."""
+        """Wait until weights that are on their way are there; moves nothing."""
+
+    def call(self, name: str) -> AbstractContextManager[None]:
+        """Around a call under a lease that had to be asked for."""
 
     def object_of(self, name: str) -> object:
         """The object the loader built; the same one for the whole life of the registration."""
@@ -87,8 +91,6 @@ class _Tie:
         first, door = self.first, self.door
         if first is not None:
             self.first = None
-            if not early:
-                door.settle(self.name)
             lease = first.take_over(current_thread() if running_loop() is None else current_holder())
             if lease is not None:
                 return lease
@@ -166,8 +168,7 @@ class ModelHandle(wrapt.ObjectProxy):  # type: ignore[misc]
         tie = self._self_tie
         if name == "device":
             return tie.door.execution_device(tie.name)
-        if tie.first is not None:
-            tie.door.settle(tie.name)
+        tie.door.settle(tie.name)
         model = tie.model
         value = getattr(model, name)
         if value is model:
@@ -212,8 +213,7 @@ def unwrap(model: T) -> T:
     """The raw object behind a handle, without a lease; anything else as it is."""
     if isinstance(model, ModelHandle):
         tie = model._self_tie
-        if tie.first is not None:
-            tie.door.settle(tie.name)
+        tie.door.settle(tie.name)
         raw: T = tie.model
         return raw
     return model
@@ -259,7 +259,12 @@ def _use(
     try:
         if args or kwargs:
             args, kwargs = move_inputs(args, kwargs, tie.door.execution_device(tie.name))
-        result = (tie.model if target is None else target)(*args, **kwargs)
+        called = tie.model if target is None else target
+        if isinstance(lease, AskedLease):
+            with tie.door.call(tie.name):
+                result = called(*args, **kwargs)
+        else:
+            result = called(*args, **kwargs)
     except BaseException:
         lease.close()
         raise

@@ -139,6 +139,12 @@ class Lease:
         )
 
 
+class AskedLease(Lease):
+    """One that the driver granted, perhaps while the last weights arrive."""
+
+    __slots__ = ()
+
+
 class FirstUseLease(Lease):
     """What `get` holds between returning a handle and its first use, so that the model is not evicted in between.
 

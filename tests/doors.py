@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,9 @@ class OneModel:
 
     def settle(self, name: str) -> None:
         pass
+
+    def call(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def object_of(self, name: str) -> object:
         return self.model

@@ -19,7 +19,7 @@ class WantLease:
     """Leases on all of `names` at once.
 
     `holder` says who asks, so that nobody waits for itself; `inside` names the model whose loader asks, if one does.
-    `early`: the caller can start while the last segments arrive, because the data plane makes it wait for each.
+    `early`: the caller can start while the last segments arrive, because the data plane makes it wait where it reads.
     """
 
     names: tuple[str, ...]

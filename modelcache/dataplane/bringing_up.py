@@ -7,15 +7,14 @@ that step, and undone with it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from modelcache.dataplane import staging
 from modelcache.dataplane.arrival import Arrival, must_land_first
 from modelcache.dataplane.blocks import return_freed_heap
 from modelcache.dataplane.copies import Done, NewCopies, Tiers, give_up
-from modelcache.dataplane.device.protocol import Device, DeviceEvent
-from modelcache.dataplane.first_use import FirstUse, can_be_recorded
+from modelcache.dataplane.first_use import FirstUse
 from modelcache.dataplane.loaded import Root
 from modelcache.dataplane.parts import Part
 from modelcache.move import Move
@@ -39,29 +38,17 @@ def stage(part: Part, move: Move, tiers: Tiers, tell: Callable[[int], None], the
 
 @dataclass(frozen=True, slots=True)
 class Early:
-    """That calls may start while segments arrive: what was recorded of every module with a tensor of the part.
+    """That calls may start while segments arrive.
 
     Attributes:
-        uses: What was recorded.
-        roots: These modules.
+        uses: What was recorded of every model with a tensor of the part.
+        roots: The modules of these models that have one.
         arriving: Told when calls may start.
     """
 
     uses: Sequence[FirstUse]
     roots: Sequence[Root]
     arriving: Callable[[], None]
-
-    def still_holds(self) -> bool:
-        """Whether these modules run through their hooks as they did when they were recorded."""
-        return all(can_be_recorded(root.module) for root in self.roots)
-
-    def must_land_first(self, part: Part) -> frozenset[int]:
-        """The segments with a tensor that no block answers for."""
-        return must_land_first(part, self.uses)
-
-    def arrival(self, part: Part, device: Device, events: Mapping[int, DeviceEvent]) -> Arrival:
-        """From now on blocks wait for these events."""
-        return Arrival(part, device, events, self.uses, self.roots)
 
 
 class StrayedError(Exception):
@@ -87,7 +74,7 @@ def promote(
     """
     with NewCopies(tiers, part.image, part.ranges) as new, part.pointed_ahead() as point_ahead:
         coming = range(move.before.vram, move.after.vram)
-        first = frozenset(coming) if early is None else early.must_land_first(part)
+        first = frozenset(coming) if early is None else must_land_first(part, early.uses)
         # Sorting is stable: otherwise they come in order.
         for segment in sorted(coming, key=lambda s: s not in first):
             source = part.ram[segment]
@@ -96,15 +83,14 @@ def promote(
             new.copy_in(segment, source)
         if has_strayed():
             raise StrayedError
-        if early is not None and not early.still_holds():
-            early = None
         copied = 0
         with contextlib.ExitStack() as calls:
             for segment, copy in new.vram.items():
                 if early is not None and part.arrival is None and segment not in first:
                     for later in new.under_way:
                         point_ahead(later, new.vram[later])
-                    part.arrival = calls.enter_context(early.arrival(part, tiers.device, new.under_way))
+                    arrival = Arrival(part, tiers.device, new.vram, new.under_way, early.roots)
+                    part.arrival = calls.enter_context(arrival)
                     then()
                     early.arriving()
                 copy.laid(part.members_of(segment))
@@ -116,8 +102,7 @@ def promote(
         ram = [copy if s >= move.after.ram else None for s, copy in enumerate(part.ram)]
         gone = part.install([new.vram.get(s, copy) for s, copy in enumerate(part.vram)], ram, then)
         new.keep()
-    if part.arrival is not None:
-        part.arrival.end()
+    part.arrival = None
     for copy in gone:
         give_up(tiers, copy)
     return Done(copied)

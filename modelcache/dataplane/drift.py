@@ -140,9 +140,7 @@ def _exchanged(model: LoadedModel, slots: list[Slot], move: Move) -> list[tuple[
 def _adopt(model: LoadedModel, part: Part, old: torch.Tensor, slot: Slot) -> None:
     """Let the new tensor object take the place of the old one."""
     member = part.members.get(id(old))
-    for root in model.roots:
-        if root.first_use is not None:
-            root.forget_use()
+    model.first_use = None  # its tensors are others now
     if member is not None:
         part.drop(member, model.spec.name)
         part.add(Member(slot.name, slot.tensor, member.storage, member.view, {model.spec.name}))

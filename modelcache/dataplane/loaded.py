@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from modelcache.dataplane import adapters
-from modelcache.dataplane.first_use import FirstUse, Recorder, can_be_recorded
+from modelcache.dataplane.first_use import FirstUse
 from modelcache.dataplane.guard import ResidencyGuard
 from modelcache.dataplane.inventory import Slot, Walk, Wrapper, slots_of
 from modelcache.dataplane.parts import Part
@@ -34,22 +34,6 @@ class Root:
     parts: tuple[Part, ...]
     guard: ResidencyGuard
     hook: RemovableHandle | None
-    first_use: FirstUse | None = None
-
-    def record(self, module: torch.nn.Module) -> None:
-        """Look on at the forward that begins now; once, unless an error ends it."""
-        self.guard.record = None
-        if can_be_recorded(module) and not torch._C._is_tracing():
-            Recorder(module, self._recorded)
-
-    def _recorded(self, found: FirstUse | None) -> None:
-        self.first_use = found
-        if found is None:
-            self.guard.record = self.record
-
-    def forget_use(self) -> None:
-        """Its tensors are others now: record it anew."""
-        self.first_use, self.guard.record = None, self.record
 
 
 @dataclass(slots=True, eq=False)
@@ -70,6 +54,7 @@ class LoadedModel:
         lock: Guards `names`, `wrappers`, `empties`, `device`, `dispatch`, `structure` and the guards' flags. Taken
             below the lock of a part, never the other way round.
         device: Where the object was last told that it is.
+        first_use: What operators read of it in one call; `None` while not known.
         structure: What its modules held when they were last found to hold `names`; `None` if not known.
     """
 
@@ -86,6 +71,7 @@ class LoadedModel:
     roots: list[Root] = field(default_factory=list)
     device: torch.device | None = None
     structure: Structure | None = None
+    first_use: FirstUse | None = None
 
     def guard(self, found: Walk) -> None:
         """Put a guard on every root module; nothing is resident yet."""
@@ -97,11 +83,6 @@ class LoadedModel:
             scripted = isinstance(module, torch.jit.ScriptModule)
             hook = None if scripted else module.register_forward_pre_hook(guard, prepend=True)
             self.roots.append(Root(module, parts, guard, hook))
-
-    def record_uses(self) -> None:
-        """Look on at the first forward of every root module; not where hooks onload what a forward needs."""
-        for root in self.roots if self.dispatch is None else ():
-            root.forget_use()
 
     def unguard(self) -> None:
         """Take the guards off."""
@@ -168,13 +149,6 @@ class LoadedModel:
     def _is_away(self, inner: list[torch.Tensor]) -> bool:
         members = (part.members.get(id(tensor)) for part in self.parts for tensor in inner)
         return any(member is not None and tuple(member.tensor.shape) != member.view.shape for member in members)
-
-
-def first_uses(models: Iterable[LoadedModel], part: Part) -> list[FirstUse] | None:
-    """What was recorded of every root module that reads a part; `None` if one was not, or does not run like that."""
-    roots = [root for model in models for root in model.roots if part in root.parts]
-    uses = [root.first_use for root in roots if root.first_use is not None]
-    return uses if len(uses) == len(roots) else None
 
 
 def is_on_top(part: Part, holds_copies: bool) -> bool:

@@ -22,15 +22,17 @@ import torch
 
 from modelcache.dataplane import adapters, blocks, bringing_up, giving_up
 from modelcache.dataplane.admission import Admission
+from modelcache.dataplane.arrival import waiting
 from modelcache.dataplane.background import Spawn
 from modelcache.dataplane.copies import Done, Tiers, give_up
 from modelcache.dataplane.device.protocol import Device
 from modelcache.dataplane.drift import ends, strays, take_back
+from modelcache.dataplane.first_use import Recorder, can_be_recorded, has_compiled
 from modelcache.dataplane.image import SEGMENT_BYTES
 from modelcache.dataplane.image_files import ImageFiles
 from modelcache.dataplane.keeping import Keeper
 from modelcache.dataplane.kept_images import KeptImages
-from modelcache.dataplane.loaded import LoadedModel, first_uses
+from modelcache.dataplane.loaded import LoadedModel
 from modelcache.dataplane.parts import Part
 from modelcache.dataplane.source import Built
 from modelcache.dataplane.taken_over import TakenOver
@@ -139,8 +141,6 @@ class TorchMover:
                     taken.undo()
                     raise
                 model.settle_in(self._device.torch_device, self._device.holds_copies)
-                if self._device.holds_copies:
-                    model.record_uses()
                 if self._keeper is not None:
                     self._keeper.admitted(model, built.keepable)
                 self._models[spec.name] = model
@@ -239,6 +239,26 @@ class TorchMover:
             raise UnknownModelError(name, num_registered=len(self._models))
         return model.model
 
+    def call(self, name: str) -> AbstractContextManager[None]:
+        """Around a call of a model that had to ask for its lease: waits for what arrives, or notes what is read."""
+        model = self._models.get(name)
+        if model is None or not self._device.holds_copies:
+            return contextlib.nullcontext()
+        arrivals = [arrival for part in model.parts if (arrival := part.arrival) is not None]
+        if arrivals:
+            return waiting(arrivals)
+        if model.first_use is not None or model.dispatch is not None or has_compiled():
+            return contextlib.nullcontext()
+        return _recorded(model)
+
+    def settle(self, name: str) -> None:
+        """Block until what is arriving of a model has landed or failed; no-op where nothing is."""
+        model = self._models.get(name)
+        for part in model.parts if model is not None else ():
+            if (arrival := part.arrival) is not None:
+                with contextlib.suppress(MoveError):
+                    arrival.wait()
+
     def release_cached(self) -> None:
         """Give the allocators' cached memory back: the device's to the driver, the C library's to the system."""
         if self._device.holds_copies:
@@ -334,7 +354,7 @@ class TorchMover:
 
         source, target = ends(move)
         if part.arrival is not None:
-            part.arrival.end()
+            part.arrival.forget()
             part.arrival = None
         try:
             done = self._run(part, move, holders, _teller(part, move, progress), then, arriving)
@@ -457,9 +477,20 @@ def _plain_tensors() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _recorded(model: LoadedModel) -> Iterator[None]:
+    modules = list(model.modules.values())
+    if not all(can_be_recorded(module) for module in modules):
+        yield
+        return
+    with Recorder(modules) as recorder:
+        yield
+    model.first_use = recorder.found()
+
+
 def _early(holders: list[LoadedModel], part: Part, arriving: Callable[[], None]) -> bringing_up.Early | None:
-    uses = first_uses(holders, part)
-    if uses is None:
+    uses = [model.first_use for model in holders if model.first_use is not None]
+    if len(uses) < len(holders) or has_compiled():
         return None
     roots = [root for model in holders for root in model.roots if part in root.parts]
     return bringing_up.Early(uses, roots, arriving)

@@ -7,6 +7,7 @@ seed can replay one schedule.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -115,6 +116,18 @@ class Mover(Protocol):
 
     def object_of(self, name: str) -> object:
         """The object the loader built; the same one for the whole life of the registration."""
+
+    def call(self, name: str) -> AbstractContextManager[None]:
+        """Around a call of a model on the caller's thread, if its lease had to be asked for.
+
+        It makes a call that was let in while its weights arrive wait for them where it reads them.
+
+        Raises:
+            MoveError: On leaving it: the weights did not arrive.
+        """
+
+    def settle(self, name: str) -> None:
+        """Block until what is arriving of a model has landed or failed; nothing is moved for it."""
 
     def release_cached(self) -> None:
         """Give the allocators' cached memory back to the driver (one `empty_cache`)."""

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -248,6 +249,13 @@ class FakeMover:
         if model is None:
             raise UnknownModelError(name, num_registered=len(self._models))
         return model
+
+    def call(self, name: str) -> AbstractContextManager[None]:
+        """Nothing: a `FakeModel` waits for nothing."""
+        return nullcontext()
+
+    def settle(self, name: str) -> None:
+        """Nothing arrives early."""
 
     def release_cached(self) -> None:
         """Count that it was asked for."""

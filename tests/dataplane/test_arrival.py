@@ -1,4 +1,4 @@
-"""A forward that starts while segments arrive: it waits where it must, and fails in words where one does not come."""
+"""A call that starts while segments arrive: it waits where it must, and fails in words where one does not come."""
 
 import threading
 from contextlib import closing
@@ -48,6 +48,7 @@ class Scene:
         rig.stage(self.part)
         rig.promote(self.part)
         self.expected = make()(X)
+        torch._dynamo.reset()  # another test's compiled code would keep calls from starting early
         assert torch.allclose(self.run(), self.expected)
         self.model.passed = 0
         rig.park_quietly(self.part)
@@ -55,7 +56,9 @@ class Scene:
         self.outcome: list[object] = []
 
     def run(self) -> torch.Tensor:
-        return self.model(X.to(self.rig.device.torch_device)).cpu()
+        """As a handle does when it had to ask for its lease."""
+        with self.rig.mover.call("m"):
+            return self.model(X.to(self.rig.device.torch_device)).cpu()
 
     def promote(self) -> threading.Thread:
         n = self.rig.n(self.part)
@@ -101,25 +104,30 @@ def test_a_forward_starts_before_the_last_segment_and_waits_for_it(rig):
 
 
 @pytest.mark.parametrize("at", [0, 3, NUM_LAYERS])
-def test_what_no_block_answers_for_lands_first_and_before_anybody_starts(rig, at):
-    class Scaled(Net):
+def test_what_no_operator_was_seen_to_read_lands_first_and_before_anybody_starts(rig, at):
+    class Skipping(Net):
         def __init__(self) -> None:
             super().__init__()
             self.layers.insert(at, torch.nn.Linear(WIDTH, WIDTH, bias=False))
-            self.layers[at].weight = torch.nn.Parameter(torch.eye(WIDTH), requires_grad=False)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) * self.layers[at].weight.diag()
+            for i, layer in enumerate(self.layers):
+                x = x if i == at else layer(x).relu()
+            return x
 
-    scene = Scene(rig, Scaled)
-    with rig.faults.hold("copy_in", nth=1) as hold:
+    scene = Scene(rig, Skipping)
+    unread = scene.model.layers[at].weight.clone()
+    with rig.faults.hold("copy_in", nth=2) as second, rig.faults.hold("copy_in", nth=1) as hold:
         promotion = scene.promote()
         assert hold.wait_reached(10)
         assert not scene.arriving.is_set()
         with pytest.raises(ModelNotResidentError):
             scene.run()
+        hold.release()
+        assert scene.arriving.wait(10)
+        assert second.wait_reached(10)
+        assert torch.equal(scene.model.layers[at].weight.cpu(), unread)
     promotion.join()
-    assert scene.arriving.is_set()
     assert torch.allclose(scene.run(), scene.expected)
 
 
@@ -156,7 +164,7 @@ def test_a_copy_that_fails_after_the_start_is_an_error_of_the_call_and_the_model
     assert torch.allclose(scene.run(), scene.expected)
 
 
-def test_a_hook_reached_after_the_failure_raises_a_move_error(rig):
+def test_an_operator_reached_after_the_failure_raises_a_move_error(rig):
     scene = Scene(rig)
     at_second, go_on = threading.Event(), threading.Event()
     scene.model.layers[0].register_forward_hook(lambda *_: at_second.set() or go_on.wait(10) and None)
@@ -178,36 +186,26 @@ def test_a_hook_reached_after_the_failure_raises_a_move_error(rig):
     go_on.set()
     caller.join()
     assert len(errors) == 1
-    assert scene.model.passed == 1
+    assert scene.model.passed < 2
 
 
-def test_the_state_dict_of_an_arriving_model_waits_and_is_right(rig):
+def test_whoever_settles_waits_for_the_last_segment(rig):
     scene = Scene(rig)
-    expected = Net().state_dict()
     with rig.faults.hold("copy_in", nth=4):
         promotion = scene.promote()
         assert scene.arriving.wait(10)
-        found = []
-        reader = threading.Thread(
-            target=lambda: found.append({k: v.cpu().clone() for k, v in scene.model.state_dict().items()})
-        )
-        reader.start()
-        reader.join(0.05)
-        assert reader.is_alive()
-    reader.join()
+        waiter = threading.Thread(target=rig.mover.settle, args=("m",))
+        waiter.start()
+        waiter.join(0.05)
+        assert waiter.is_alive()
+    waiter.join()
+    assert all(torch.equal(t.cpu(), Net().state_dict()[n]) for n, t in scene.model.state_dict().items())
     promotion.join()
-    assert all(torch.equal(found[0][name], tensor) for name, tensor in expected.items())
+    rig.mover.settle("m")
+    rig.mover.settle("nobody")
 
 
-def test_a_model_that_never_ran_or_was_compiled_since_is_promoted_in_one_piece(rig):
-    scene = Scene(rig)
-    scene.model.compile(backend="eager")
-    scene.promote().join()
-    assert not scene.arriving.is_set()
-    assert torch.allclose(scene.run(), scene.expected)
-
-
-def test_a_weight_exchanged_after_the_first_forward_is_not_answered_for(rig):
+def test_a_weight_exchanged_after_the_call_that_was_looked_at_is_looked_at_anew(rig):
     scene = Scene(rig)
     other = torch.nn.Parameter(scene.model.layers[2].weight.detach() + 1, requires_grad=False)
     scene.model.layers[2].weight = other
