@@ -26,7 +26,7 @@ check: $(VENV)/.ok ## format, lint, types, import contracts
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.ok ## the figures of the README, next to their references in the same run
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py
+	GLIBC_TUNABLES=glibc.cpu.x86_non_temporal_threshold=0x400000 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py
 
 gpu: ## the tests that need a CUDA device, with whatever Python and torch are there
 	$(PY) -m pytest -q -m gpu tests
