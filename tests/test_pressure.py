@@ -149,11 +149,23 @@ def test_a_leased_model_stays_and_follows_when_its_lease_is_returned(bench):
     bench.validate()
 
 
+def test_a_vram_budget_set_above_the_share_it_began_as_holds_until_others_take_memory(bench):
+    bench.cache._governor._vram_share = 0.1
+    bench.cache.resize(vram=270)
+    bench.seconds(5)
+    assert bench.budget(Tier.VRAM) == 270
+    bench.gauge.others[Tier.VRAM] = 100
+    bench.seconds(2)
+    assert bench.budget(Tier.VRAM) == 180
+
+
 def test_stalls_lower_the_budget_of_ram_and_leave_vram_alone(bench):
     bench.gauge.stalled = 30.0
     bench.seconds(12)
     assert bench.budget(Tier.VRAM) == 40
-    assert [change.source for change in bench.changes()] == ["/proc/pressure/memory"]
+    # Nothing is held, so the budget alone goes down, an eighth at a time.
+    assert [change.after_bytes for change in bench.changes()] == [175, 150]
+    assert {change.source for change in bench.changes()} == {"/proc/pressure/memory"}
 
 
 def test_what_others_take_of_the_device_is_given_up_and_comes_back(bench):

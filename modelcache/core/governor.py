@@ -24,7 +24,8 @@ CALM_S, MAX_CALM_S = 30.0, 480.0
 RELAPSE_CALMS = 4
 #: Changes smaller than this share of the configured budget are not worth an event.
 GRAIN = 1 / 16
-#: How much of the configured budget is given up at a time while processes stall.
+#: How much of the configured budget is given up at a time while processes stall, and how much of it is left at last:
+#: stalls say that somebody wants memory, not that it is what is held here.
 STALL_STEP = 1 / 8
 
 
@@ -88,8 +89,11 @@ def ram_ask(standing: Standing, reading: MemoryReading) -> Ask:
     if stalled is not None and stalled > STALLED:
         step = max(standing.grain_bytes, int(standing.configured_bytes * STALL_STEP))
         why = f"processes stood still for memory {stalled:.0f}% of the last 10 s, above {STALLED:.0f}%"
-        least = min(standing.budget_bytes, held)
-        return Ask(max(0, least - step), why, STALL_SETTLE_S, 0, reading.stalled_source)
+        # Of what is held one step goes at once, whatever else the budget would have allowed; if no more than that is
+        # held, only the budget goes down.
+        base = min(standing.budget_bytes, held) if held > step else standing.budget_bytes
+        lower_to = min(standing.budget_bytes, max(step, base - step))
+        return Ask(lower_to, why, STALL_SETTLE_S, 0, reading.stalled_source)
     if standing.budget_bytes >= high_bytes + standing.grain_bytes:
         full = 1 - (free - (standing.budget_bytes - held)) / total
         why = f"with the budget full, {full:.0%} {of} would be in use, above {HIGH}%"
@@ -100,8 +104,11 @@ def ram_ask(standing: Standing, reading: MemoryReading) -> Ask:
 def vram_ask(standing: Standing, reading: MemoryReading, share: float) -> Ask:
     """What VRAM's figures speak for: others' memory is theirs, and the budget is `share` of the rest.
 
+    Where the configured budget is a larger share of the device, somebody has set it so since, and that share counts.
     A device that is full of our own copies is as it should be, so nothing here looks at what is in use.
     """
+    if reading.total_bytes > 0:
+        share = max(share, min(1.0, standing.configured_bytes / reading.total_bytes))
     rest_bytes = max(0, int(share * (reading.total_bytes - reading.others_bytes)))
     others, total = format_bytes(reading.others_bytes), format_bytes(reading.total_bytes)
     why = f"others hold {others} of the device's {total}"

@@ -4,7 +4,8 @@ Each piece is an anonymous mapping of its own, so that giving one up returns its
 piece keeps the mapping alive; nothing here unmaps, or hands out again, memory that somebody can still read.
 
 A few mappings are kept ready ahead of demand (`spare_pages.py`): their pages are made by threads of the background, as
-are those of pieces that were expected, and there pieces are page-locked. Whoever asks for a piece waits for none of it.
+are those of pieces that were expected, and there both are page-locked. Whoever asks for a piece waits for none of it,
+but for the unlocking of one that must be cut.
 """
 
 from __future__ import annotations
@@ -122,7 +123,9 @@ class RamBlocks:
         self._spare = SparePages(spare_bytes, piece_bytes)
         # Finalizers run on any thread at any point: a pop from a dictionary and a put into a queue is all that they do.
         self._live: dict[int, int] = {}
+        # Given up: those for which room is kept, and those that somebody still refers to.
         self._returning: dict[int, Pages] = {}
+        self._lingering: dict[int, Pages] = {}
         self._locked: dict[int, Pages] = {}
         self._next_key = 0
 
@@ -173,6 +176,9 @@ class RamBlocks:
         is_fresh = pages is None
         if pages is None:
             pages = self._map(charge)
+        elif pages.size_bytes > charge:
+            self._page_unlock(pages)  # it is locked again in the background
+            pages.cut(charge)
         with self._lock:
             self._next_key += 1
             key = self._next_key
@@ -204,8 +210,9 @@ class RamBlocks:
         """
         self._background.close()
         self._spare.clear()
-        for key in list(self._returning):
-            self._returning.pop(key, None)
+        for given_up in (self._returning, self._lingering):
+            for key in list(given_up):
+                given_up.pop(key, None)
         for pages in list(self._locked.values()):
             self._page_unlock(pages)
 
@@ -231,6 +238,14 @@ class RamBlocks:
         else:
             self._page_unlock(pages)
         piece.let_go()
+        # Whatever takes it out of there has to see to it: this, or the finalizer on any thread.
+        if self._returning.pop(piece.key, None) is None:
+            return
+        # Somebody still refers to it, for how long nobody knows: no room is kept for it meanwhile.
+        self._spare.forgo(pages.size_bytes)
+        self._lingering[piece.key] = pages
+        if piece.key not in self._live:
+            self._lingering_ended(piece.key)
 
     def _ended(self, key: int) -> None:
         """Nothing refers to the memory of a piece any more."""
@@ -238,6 +253,13 @@ class RamBlocks:
         pages = self._returning.pop(key, None)
         if pages is not None:
             self._background.submit(partial(self._wipe_spare, pages))
+        else:
+            self._lingering_ended(key)
+
+    def _lingering_ended(self, key: int) -> None:
+        pages = self._lingering.pop(key, None)
+        if pages is not None:
+            self._background.submit(partial(self._take_back, pages))
 
     # --- in the background ---
 
@@ -253,10 +275,21 @@ class RamBlocks:
             return
         pages.prefer_huge()
         pages.touch(self._is_open)
-        self._spare.put(pages)
+        self._put_spare(pages)
+
+    def _take_back(self, pages: Pages) -> None:
+        if self._spare.expect_back(pages.size_bytes):
+            self._wipe_spare(pages)
+        else:
+            self._page_unlock(pages)
 
     def _wipe_spare(self, pages: Pages) -> None:
         pages.wipe(self._is_open)
+        self._put_spare(pages)
+
+    def _put_spare(self, pages: Pages) -> None:
+        if self._page_locked_budget_bytes > 0 and not pages.locked and self._is_open():
+            self._page_lock(pages)
         if self._is_open():
             self._spare.put(pages)
 

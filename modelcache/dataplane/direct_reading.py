@@ -86,12 +86,13 @@ def direct(descriptor: int) -> Iterator[None]:
 
 
 def read_direct(descriptor: int, ranges: Sequence[Range], bounce: mmap.mmap) -> None:
-    """Fill ranges that are in file order, by way of the buffer. Inside of `direct`.
+    """Fill ranges by way of the buffer. Inside of `direct`.
 
-    Ranges that nearly touch are read at once.
+    Ranges that nearly touch are read at once if they are in file order.
 
     Raises:
-        NotDirectError: The file system refuses such reads after all; nothing is said about what the ranges hold.
+        NotDirectError: The file system refuses such reads after all, or ends one where no block ends; nothing is said
+            about what the ranges hold.
         EndsError: The file ends too early.
         OSError: The system could not read.
     """
@@ -116,6 +117,7 @@ def _stretches(ranges: Sequence[Range], limit_bytes: int) -> Iterator[tuple[int,
         last = first + 1
         while (
             last < len(ranges)
+            and ranges[last].offset >= ranges[last - 1].offset  # or the stretch would begin behind it
             and ranges[last].offset - ranges[last - 1].end <= BLOCK_BYTES
             and _ceil(ranges[last].end) - begin <= limit_bytes
         ):
@@ -137,8 +139,11 @@ def _fill(descriptor: int, buffer: memoryview, offset: int) -> int:
                 raise NotDirectError(str(error)) from error
             raise
         done += count
-        # The end of a file that is no whole number of blocks: to go on there would be refused.
+        # To go on where no block ends would be refused. It is the end of the file, unless the file is longer: file
+        # systems of the network may give less than was asked for.
         if not count or done % BLOCK_BYTES:
+            if done < len(buffer) and offset + done < os.fstat(descriptor).st_size:
+                raise NotDirectError(f"a read at {offset} ended after {done} bytes, before the file does")
             break
     return done
 

@@ -52,6 +52,11 @@ class Pages:
         """All of it, flat uint8."""
         return torch.frombuffer(self.mapping, dtype=torch.uint8)
 
+    def cut(self, size_bytes: int) -> None:
+        """Give the pages behind so many bytes back. Nothing may refer to it, and it must not be page-locked."""
+        if size_bytes < self.size_bytes:
+            self.mapping.resize(size_bytes)
+
     def prefer_huge(self) -> None:
         """Have its pages made huge from now on: made and page-locked faster, but nobody should wait for them."""
         with memoryview(self.mapping) as memory:
@@ -104,23 +109,20 @@ class SparePages:
             return not self._coming_bytes and not self._missing()
 
     def take(self, size_bytes: int) -> Pages | None:
-        """A mapping of exactly this size; `None` when there is none that can be had at little cost.
+        """A mapping of this size, or a larger one that is to be cut; `None` when none can be had at little cost.
 
-        A larger one is cut if at least half of it is used, and if it is not page-locked.
+        A larger one only if at least half of it is used, and rather one that is not page-locked.
         """
         with self._lock:
-            fitting = [pages for pages in self._ready if size_bytes <= pages.size_bytes <= 2 * size_bytes]
             found = min(
-                (pages for pages in fitting if not pages.locked or pages.size_bytes == size_bytes),
-                key=lambda pages: (pages.size_bytes, not pages.locked),
+                (pages for pages in self._ready if size_bytes <= pages.size_bytes <= 2 * size_bytes),
+                key=lambda pages: (pages.size_bytes, pages.locked is not (pages.size_bytes == size_bytes)),
                 default=None,
             )
             if found is None:
                 return None
             self._ready.remove(found)
             self._ready_bytes -= found.size_bytes
-        if found.size_bytes > size_bytes:
-            found.mapping.resize(size_bytes)
         return found
 
     def expect_back(self, size_bytes: int) -> bool:

@@ -149,12 +149,27 @@ def test_stalls_lower_the_budget_step_by_step_no_faster_than_they_are_averaged()
     assert [change.budget_bytes for change in machine.seconds(CALM_S + 5)] == [machine.configured]
 
 
-def test_stalls_lower_below_what_is_held_and_end_at_nothing():
-    machine = Scripted(wanted=8 * GIB, others=20 * GIB, stalled=40.0)
-    assert machine.second().budget_bytes == 3 * GIB
+def test_stalls_lower_by_a_step_below_what_is_held_and_leave_one_step():
+    machine = Scripted(wanted=18 * GIB, others=20 * GIB, stalled=40.0)
+    assert machine.second().budget_bytes == 13 * GIB
     machine.seconds(600)
-    assert machine.budget == 0
-    assert len(machine.changes) == 2
+    assert [change.budget_bytes // GIB for _, change in machine.changes] == [13, 8, 5]
+    machine.stalled = 0.0
+    assert [change.budget_bytes for change in machine.seconds(CALM_S + 5)] == [machine.configured]
+
+
+@pytest.mark.parametrize("held", [0, 1 * GIB, 5 * GIB])
+def test_stalls_of_others_take_the_budget_of_a_cache_that_holds_little_by_steps(held):
+    machine = Scripted(wanted=held, others=20 * GIB, stalled=40.0)
+    machine.seconds(600)
+    assert [change.budget_bytes // GIB for _, change in machine.changes] == [35, 30, 25, 20, 15, 10, 5]
+    assert machine.held == held
+
+
+def test_a_budget_below_a_step_is_left_alone_by_stalls():
+    standing = Standing(2 * GIB, 40 * GIB, 2 * GIB, 0)
+    reading = MemoryReading(TOTAL, 50 * GIB, 0, "memory.max", 0.0, 40.0, "memory.pressure")
+    assert Regulator().decide(standing, ram_ask(standing, reading), 1.0) is None
 
 
 def test_while_leases_hold_what_a_lowering_waits_for_there_is_no_further_one():
@@ -269,6 +284,18 @@ def test_what_others_take_of_the_device_is_taken_from_the_budget_and_given_back(
 def test_a_share_stays_a_share_of_what_others_leave():
     standing = Standing(16 * GIB, 16 * GIB, 0, 0)
     assert vram_ask(standing, vram(14), 0.8).lower_to == 8 * GIB
+
+
+def test_a_budget_set_above_the_share_stays_until_others_take_memory():
+    standing = Standing(23 * GIB, 23 * GIB, 0, 0)
+    assert vram_ask(standing, vram(0), 0.8).lower_to is None
+    assert vram_ask(standing, vram(12), 0.8).lower_to == pytest.approx(11.5 * GIB, abs=2)
+
+
+def test_a_budget_of_more_than_the_device_and_a_device_of_nothing():
+    standing = Standing(30 * GIB, 30 * GIB, 0, 0)
+    assert vram_ask(standing, vram(0), 0.8).lower_to == 24 * GIB
+    assert vram_ask(standing, vram(0, total=0), 0.8).lower_to == 0
 
 
 def test_a_little_that_others_take_is_not_worth_a_change():

@@ -99,6 +99,38 @@ def test_a_file_that_ends_too_early_is_said(file, offset, size, end):
         assert caught.value.offset == end
 
 
+def short_reads(monkeypatch, most):
+    """As a file system that gives less than was asked for."""
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda d, buffers, offset: min(most, preadv(d, buffers, offset)))
+
+
+def test_a_short_read_where_no_block_ends_is_not_the_end_of_the_file(file, monkeypatch):
+    descriptor, _ = file
+    short_reads(monkeypatch, BLOCK_BYTES + 100)
+    with direct(descriptor), pytest.raises(NotDirectError, match="before the file does"):
+        read_direct(descriptor, [Range(0, memoryview(bytearray(SIZE)))], Bounces().mine())
+
+
+def test_a_short_read_of_whole_blocks_goes_on(file, monkeypatch):
+    descriptor, data = file
+    short_reads(monkeypatch, BLOCK_BYTES)
+    memory = bytearray(SIZE)
+    with direct(descriptor):
+        read_direct(descriptor, [Range(0, memoryview(memory))], Bounces().mine())
+    assert memory == data
+
+
+def test_ranges_out_of_file_order_are_filled_all_the_same(file):
+    descriptor, data = file
+    cuts = [(3 * BLOCK_BYTES, 50), (10, 20), (BLOCK_BYTES, BLOCK_BYTES), (5, 3), (0, SIZE), (7, 2)]
+    memories = [bytearray(size) for _, size in cuts]
+    with direct(descriptor):
+        ranges = [Range(offset, memoryview(memory)) for (offset, _), memory in zip(cuts, memories, strict=True)]
+        read_direct(descriptor, ranges, Bounces().mine())
+    assert memories == [data[offset : offset + size] for offset, size in cuts]
+
+
 def test_each_thread_has_a_buffer_of_its_own():
     bounces, found = Bounces(), []
     threads = [threading.Thread(target=lambda: found.append(bounces.mine())) for _ in range(2)]
@@ -136,6 +168,15 @@ def test_tensors_of_all_sizes_are_read(folder, all_direct, monkeypatch, num_work
     read_into([(places[name], found[name]) for name in found], num_workers=num_workers)
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
     assert sum(each.memory.nbytes for ranges in reads for each in ranges) == sum(t.nbytes for t in tensors.values())
+
+
+def test_where_direct_reads_come_short_tensors_are_read_through_the_cache(folder, all_direct, monkeypatch):
+    tensors = tensors_of_all_sizes()
+    places = stored(folder, tensors)
+    found = {name: torch.full_like(tensor, 7) for name, tensor in tensors.items()}
+    short_reads(monkeypatch, 70_000)
+    read_into([(places[name], found[name]) for name in found])
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
 def test_tensors_are_converted_on_the_way(folder, all_direct):

@@ -340,7 +340,76 @@ def test_pieces_are_page_locked_in_the_background_within_the_budget(pool, device
     until(lambda: device.page_locked_bytes == blocks.page_locked_bytes == 0)
 
 
-def test_a_locked_piece_comes_back_locked_and_is_never_cut(pool, device):
+def test_spare_pieces_are_page_locked_ahead_of_demand_within_the_budget(pool, device):
+    blocks = ready(pool(device, page_locked_bytes=2 * MIB, spare_bytes=3 * MIB))
+    assert blocks.spare_bytes == 3 * MIB
+    assert device.page_locked_bytes == blocks.page_locked_bytes == 2 * MIB
+    pieces = [blocks.allocate(MIB) for _ in range(3)]
+    assert [piece.locked for piece in pieces] == [True, True, False], "the locked ones first"
+    for piece in pieces:
+        blocks.release(piece)
+
+
+def test_a_spare_piece_that_must_be_cut_is_page_locked_again(pool, device):
+    blocks = ready(pool(device, page_locked_bytes=MIB))
+    assert device.page_locked_bytes == MIB
+    piece = blocks.allocate(MIB - PAGE)
+    assert blocks.spare_bytes == 0
+    assert piece.size_bytes == MIB - PAGE
+    assert not piece.memory.any()
+    until(lambda: piece.locked)
+    assert device.page_locked_bytes == blocks.page_locked_bytes == MIB - PAGE
+
+
+def test_rather_an_unlocked_piece_is_cut(pool):
+    spare = SparePages(2 * MIB, MIB)
+    locked, other = Pages.of_size(MIB), Pages.of_size(MIB)
+    locked.locked = True
+    for pages in (locked, other):
+        assert spare.expect_new() == MIB
+        spare.put(pages)
+    assert spare.take(MIB - PAGE) is other
+    assert spare.take(MIB - PAGE) is locked
+
+
+def test_where_page_locking_is_refused_spare_pieces_are_ready_all_the_same(pool, device):
+    device.faults.refuse_page_lock()
+    blocks = ready(pool(device, page_locked_bytes=MIB))
+    assert blocks.spare_bytes == MIB
+    assert blocks.page_locked_bytes == device.page_locked_bytes == 0
+
+
+def test_no_room_is_kept_for_a_piece_that_somebody_still_reads(pool):
+    blocks = ready(pool())
+    piece = blocks.allocate(MIB)
+    view = piece.storage(0, 100)
+    blocks.release(piece)
+    assert blocks._spare.expect_back(MIB), "the room is free"
+    blocks._spare.forgo(MIB)
+    assert ready(blocks).spare_bytes == MIB, "another is made instead"
+    assert blocks.live_bytes == MIB
+    assert not view.any()
+    del view, piece
+    until(lambda: blocks.live_bytes == 0 and not blocks._background._jobs.qsize())
+    until(lambda: blocks.is_settled)
+    assert blocks.spare_bytes == MIB, "it goes back to the system"
+    assert not blocks._lingering
+
+
+def test_a_piece_that_somebody_read_for_a_while_serves_again_if_there_is_room(pool):
+    blocks = ready(pool())
+    piece = blocks.allocate(MIB)
+    address, view = piece.memory.data_ptr(), piece.storage(0, 100)
+    view.fill_(3)
+    blocks.release(piece)
+    del view, piece
+    until(lambda: blocks.spare_bytes == MIB)
+    again = blocks.allocate(MIB)
+    assert again.memory.data_ptr() == address
+    assert not again.memory.any()
+
+
+def test_a_locked_piece_comes_back_locked(pool, device):
     blocks = pool(device, page_locked_bytes=8 * MIB, spare_bytes=MIB)
     piece = blocks.allocate(MIB)
     until(lambda: blocks.page_locked_bytes == MIB == device.page_locked_bytes)
@@ -349,8 +418,6 @@ def test_a_locked_piece_comes_back_locked_and_is_never_cut(pool, device):
     del piece
     until(lambda: blocks.spare_bytes == MIB)
     assert device.page_locked_bytes == MIB
-    smaller = blocks.allocate(MIB - PAGE)
-    assert smaller.memory.data_ptr() != address
     again = blocks.allocate(MIB)
     assert again.memory.data_ptr() == address
     assert again.locked
