@@ -4,7 +4,7 @@
     python benchmarks/links.py --write links_NAME
 
 `make bench` sets GLIBC_TUNABLES=glibc.cpu.x86_non_temporal_threshold=0x400000. Without it one thread of a processor
-with large caches copies a segment of 64 MiB at less than the 8 GB/s of the link; hardware that copies by itself does not.
+with large caches copies a segment of 64 MiB at less than the link's 8 GB/s; hardware that copies by itself does not.
 
 The reference is one flat copy of the same bytes over the same kind of link, taken in turn with ours. The victim of a
 switch was looked at for writes beforehand, as it is when it has not been used for a moment. Compute is simulated: it

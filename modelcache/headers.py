@@ -46,17 +46,18 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """Which bytes a path led to: the same four numbers mean the same file, not written to since."""
+    """Which bytes a path led to: the same numbers mean the same file, not written to with a call since."""
 
     dev: int
     ino: int
     size: int
     mtime_ns: int
+    ctime_ns: int
 
     @classmethod
     def of(cls, found: os.stat_result) -> FileIdentity:
         """The identity in the answer of `os.stat` or `os.fstat`."""
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,8 +33,6 @@ class TensorSource:
     def names(self) -> frozenset[str]:
         return frozenset(self.tensors)
 
-    refuses_change = False
-
     def fill(self, targets, report=None) -> None:
         self.fills += 1
         for name, target in targets.items():

@@ -242,3 +242,93 @@ def test_a_class_with_another_dtype_than_its_files_has_an_image_too(tmp_path):
     with start() as cache, cache.get("m") as model:
         assert torch.equal(model.bias, reference.bias.bfloat16())
     assert not image.exists() or image.read_bytes() != bytes(raw)
+
+
+def test_a_source_that_changes_while_it_is_loaded_is_not_kept(folders, transformers, monkeypatch, caplog):
+    load = transformers.PreTrainedModel.from_pretrained.__func__
+
+    def changing(cls, *args, **options):
+        loaded = load(cls, *args, **options)
+        os.utime(folders / "llama" / "model.safetensors", ns=(1, 1))
+        return loaded
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", classmethod(changing))
+    with caplog.at_level(logging.WARNING, "modelcache"), opened(folders, names=("llama",)) as cache:
+        from contextlib import suppress
+
+        from modelcache.errors import ModelCacheError
+
+        with suppress(ModelCacheError), cache.get("llama"):
+            pass
+    assert kept(folders) == []
+    assert "no image of it is kept" in caplog.text
+
+
+def test_an_image_that_a_model_cannot_be_built_around_is_not_deleted(folders, calls, monkeypatch):
+    keep(folders, names=("llama",))
+    (image,) = kept(folders)
+    calls.clear()
+    monkeypatch.setattr("modelcache.dataplane.folder_loaders.object_print", lambda model: "another")
+    with opened(folders, names=("llama",)) as cache, cache.get("llama"):
+        pass
+    assert calls == ["LlamaForCausalLM"]
+    assert kept(folders) == [image]
+
+
+class Plain(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.empty(32, 64))
+
+
+class Transposed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.empty(64, 32).t())
+
+
+def test_a_class_that_lays_its_tensors_out_in_another_way_has_an_image_of_its_own(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.randn(32, 64)}, tmp_path / "w.safetensors")
+    for number, (kind, stride) in enumerate({Transposed: (1, 32), Plain: (64, 1)}.items(), 1):
+        cache = ModelCache(device="host_only", ram="64MiB", disk="64MiB", image_dir=tmp_path / "images", progress=False)
+        with cache:
+            cache.register("m", model=kind, weights=str(tmp_path / "w.safetensors"), dtype="float64")
+            with cache.get("m") as model:
+                assert model.w.stride() == stride
+            for _ in range(200):
+                if len(kept(tmp_path)) == number:
+                    break
+                Event().wait(0.05)
+        assert len(kept(tmp_path)) == number
+
+
+@pytest.mark.parametrize("how", ["mapped", "under the old date"])
+def test_bytes_that_changed_without_a_sign_are_found_at_every_reload(tmp_path, how):
+    import mmap
+
+    from safetensors.torch import save_file
+
+    from modelcache.errors import WeightsError
+
+    path = tmp_path / "w.safetensors"
+    save_file({"w": torch.ones(32, 64)}, path)
+    with (
+        path.open("r+b") as file,
+        mmap.mmap(file.fileno(), 0) as mapped,
+        ModelCache(device="host_only", ram="64MiB", progress=False) as cache,
+    ):
+        mapped[-1] = mapped[-1]  # a page that is written to already is written to again unnoticed
+        cache.register("m", model=Plain, weights=str(path))
+        for _ in range(3):
+            with cache.get("m"):
+                pass
+            cache.evict("m")
+        before = path.stat()
+        mapped[-8:] = bytes(8)
+        if how != "mapped":
+            mapped.flush()
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        with pytest.raises(WeightsError):
+            cache.get("m")()

@@ -47,11 +47,6 @@ class DispatchSource:
         rest = frozenset() if self._rest is None else self._rest.names()
         return rest.union(self._places)
 
-    @property
-    def refuses_change(self) -> bool:
-        """False: parts of it were in memory that others had as well."""
-        return False
-
     def fill(self, targets: Mapping[str, torch.Tensor], report: Report | None = None) -> None:
         """Read each named tensor into its target.
 

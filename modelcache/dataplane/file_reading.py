@@ -397,6 +397,8 @@ def _refuse_changed(place: FileBytes, found: os.stat_result, position: int) -> N
         change = f"had {then.size:,} bytes and has {now.size:,}"
     elif (now.dev, now.ino) != (then.dev, then.ino):
         change = "was replaced by another file"
-    else:
+    elif now.mtime_ns != then.mtime_ns:
         change = "was written to"
+    else:
+        change = "was written to, or its owner, permissions or times were set"
     raise ChangedError(place.path, change, position)

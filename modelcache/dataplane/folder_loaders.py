@@ -108,9 +108,11 @@ def load_transformers(spec: ModelSpec, options: Mapping[str, object], kept: Kept
         if around is not None:
             keepable = Keepable(origin, _about(found.about), partial(_rebuild, folder, found.about), found)
             return Built(around, rebuilding(named_tensors(around)), keepable)
-        kept.reject(found.file)
     model = calling_library(spec, load)
     source, is_direct = _source(spec, model, headers, rebuilding, drawn)
+    if kept is not None and origin is not None and _origin(spec, options, folder, headers, kept) != origin:
+        _log.warning("%s changed while model=%s was loaded: no image of it is kept", folder, spec.name)
+        origin = None
     if origin is None or source is None or is_direct or drawn or not _is_keepable(model):
         return Built(model, source)
     about = facts_of(model)

@@ -2,7 +2,8 @@
 
 Written by one thread in the background, from the RAM copy, a chunk at a time: the part is locked only while a chunk is
 copied. A part that moves away or is written to meanwhile is not kept; it may be next time. What is written is an image
-that a model could be built around again, which is tried before.
+that a model could be built around again, which is tried before. The first thing the thread does is to delete what
+nobody can use any more.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ log = logging.getLogger("modelcache.dataplane")
 
 # How long the end of the cache waits for an image that is being written.
 _PATIENCE_S = 1.0
+# And then for its thread to notice.
+_LAST_WAIT_S = 1.0
 
 
 class Keeper:
@@ -47,6 +50,7 @@ class Keeper:
         self._waiting: deque[Part] = deque()
         self._thread: Thread | None = None
         self._cancelled = Event()
+        self._has_swept = False
 
     def admitted(self, model: LoadedModel, keepable: Keepable | None) -> None:
         """A model was laid out and did not move yet; one that was built around an image has its bytes there."""
@@ -65,9 +69,10 @@ class Keeper:
         with self._lock:
             if part.id not in self._keepable or part in self._waiting or self._cancelled.is_set():
                 return
-            if part.file is not None or part.diverged or any(copy is None for copy in part.ram):
+            if part.file is None and not part.diverged and all(copy is not None for copy in part.ram):
+                self._waiting.append(part)
+            elif self._has_swept:
                 return
-            self._waiting.append(part)
             if self._thread is None:
                 self._thread = Thread(target=self._work, name="modelcache-keep", daemon=True)
                 self._thread.start()
@@ -80,7 +85,10 @@ class Keeper:
                 self._waiting.remove(part)
 
     def close(self) -> None:
-        """Wait a moment for an image that is being written, and give it up after that. Idempotent."""
+        """Wait a moment for an image that is being written, and give it up after that. Idempotent.
+
+        A thread that hangs in a slow disk is left to end by itself; it touches no part any more.
+        """
         with self._lock:
             self._waiting.clear()
             thread = self._thread
@@ -88,9 +96,10 @@ class Keeper:
             thread.join(_PATIENCE_S)
         self._cancelled.set()
         if thread is not None:
-            thread.join()
+            thread.join(_LAST_WAIT_S)
 
     def _work(self) -> None:
+        self._sweep()
         while True:
             with self._lock:
                 if not self._waiting:
@@ -107,6 +116,15 @@ class Keeper:
             except Exception as error:  # the model is in RAM and does not need this; libraries raise anything
                 log.warning("not kept model=%s: %s: %s", part.model, type(error).__name__, error)
 
+    def _sweep(self) -> None:
+        with self._lock:
+            is_due, self._has_swept = not self._has_swept, True
+        if is_due:
+            try:
+                self._kept.sweep()
+            except Exception as error:  # what is not deleted is only in the way
+                log.warning("kept images were not looked through: %s: %s", type(error).__name__, error)
+
     def _keep(self, part: Part, keepable: Keepable) -> None:
         views = tuple(part.names)
         try:
@@ -117,13 +135,21 @@ class Keeper:
             self.forget(part)
             return
         contents = Contents("", part.model, part.image, views)
-        file = self._kept.write(keepable.origin, contents, dict(keepable.about), lambda write: self._write(part, write))
+        file = self._kept.write(
+            keepable.origin,
+            contents,
+            dict(keepable.about),
+            lambda write: self._write(part, write),
+            lambda: not self._cancelled.is_set(),
+        )
         if file is None:
             found = self._kept.find(keepable.origin)
             file = None if found is None or (found.image, found.views) != (part.image, views) else found.file
         if file is None:
             return
         with part.lock:
+            if self._cancelled.is_set():
+                return
             if part.file is None and not part.diverged and list(file.prints) == part.original:
                 part.file = file
                 log.info("kept model=%s bytes=%d file=%s", part.model, file.size_bytes, file.path)
@@ -145,9 +171,9 @@ class Keeper:
         return checksums, prints
 
     def _take(self, part: Part, segment: int, start: int, chunk: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
-        if self._cancelled.is_set():
-            raise AbandonedError("the cache was closed")
         with part.lock:
+            if self._cancelled.is_set():
+                raise AbandonedError("the cache was closed")
             copy = part.ram[segment]
             if copy is None or segment in part.torn:
                 raise AbandonedError("its RAM copy was given up")

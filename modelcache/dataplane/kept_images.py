@@ -77,7 +77,7 @@ class KeptImages:
     def find(self, origin: Origin) -> Described | None:
         """The file made from this source, by its header; it counts as used now. Its bytes are not looked at.
 
-        A damaged one is deleted, with a warning.
+        A damaged one is deleted, with a warning; one that cannot be read now may be another time.
         """
         name = _name_of(origin)
         with self._opened() as folder:
@@ -89,10 +89,14 @@ class KeptImages:
                 try:
                     found = image_format.describe(descriptor, self._folder / name)
                     self._require_fit(found, origin)
-                    os.utime(descriptor)
-                except (UnusableError, OSError) as error:
+                except OSError as error:
+                    log.warning("%s cannot be read: %s; loading without it", self._folder / name, error)
+                    return None
+                except UnusableError as error:
                     log.warning("%s %s; loading without it", self._folder / name, error)
                 else:
+                    with contextlib.suppress(OSError):
+                        os.utime(descriptor)
                     return found
         self._remove_soon(name)
         return None
@@ -109,6 +113,7 @@ class KeptImages:
         contents: Contents,
         about: dict[str, object],
         fill: Callable[[Callable[[memoryview], None]], tuple[list[int], list[int]]],
+        is_wanted: Callable[[], bool] = lambda: True,
     ) -> ImageFile | None:
         """Write a file and let it be found; `None` if there is no room, or another process writes it or has written it.
 
@@ -118,10 +123,12 @@ class KeptImages:
             about: To be found with it.
             fill: Called once, with what takes the bytes of the segments in order; returns the checksums of the
                 storages and the fingerprints of the segments.
+            is_wanted: Asked before each step at the end that may take a disk long.
 
         Raises:
             OSError: It could not be written.
-            AbandonedError: What `fill` raised; whatever it raises, nothing is left.
+            AbandonedError: It is not wanted any more, its source changed, or `fill` raised it; whatever is raised,
+                nothing is left.
         """
         about = {**about, **origin.described()}
         name = _name_of(origin)
@@ -136,12 +143,16 @@ class KeptImages:
                 checksums, prints = fill(_Steadily(descriptor).write)
                 os.lseek(descriptor, 0, os.SEEK_SET)
                 write_all(descriptor, memoryview(image_format.header(contents, prints, checksums, offset, about)))
+                _require(is_wanted(), "nobody waits for it")
                 os.fsync(descriptor)
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                _require(is_wanted(), "nobody waits for it")
+                _require(Origin.is_current(about), "its source changed")
                 with self._changing(folder):
                     _require(not _lies_there(folder, name), "somebody else was faster")
                     os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-                os.fsync(folder)
+                if is_wanted():  # it is whole; at worst its name is lost
+                    os.fsync(folder)
             except BaseException:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary, dir_fd=folder)
@@ -154,6 +165,8 @@ class KeptImages:
     def make_room(self, own_bytes: int, needed_bytes: int = 0) -> None:
         """Files of this process alone take so many bytes now: give up kept ones until the budget holds.
 
+        Nobody is waited for: while others change the folder, kept files stay until the next time.
+
         Args:
             own_bytes: All of them.
             needed_bytes: What is about to be written; should the disk have less, kept files go as well.
@@ -163,8 +176,8 @@ class KeptImages:
         if not own_bytes:
             return
         with contextlib.suppress(OSError, AbandonedError), self._opened() as folder:
-            if folder is not None:
-                with self._changing(folder):
+            if folder is not None and self._is_short(folder, own_bytes, needed_bytes):
+                with self._changing(folder, tries=1):
                     self._shrink(folder, 0)
                     if needed_bytes:
                         self._free_disk(folder, needed_bytes)
@@ -221,7 +234,7 @@ class KeptImages:
             )
 
     @contextlib.contextmanager
-    def _changing(self, folder: int) -> Iterator[None]:
+    def _changing(self, folder: int, tries: int = _TRIES) -> Iterator[None]:
         """Nobody else changes what the folder holds.
 
         Raises:
@@ -232,10 +245,9 @@ class KeptImages:
         descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
         try:
             pause = Event()
-            tries = 0
             while not _try_lock(descriptor):
-                tries += 1
-                if tries == _TRIES:
+                tries -= 1
+                if tries <= 0:
                     raise AbandonedError("another process has the folder for itself")
                 pause.wait(_PAUSE_S)
             yield
@@ -264,6 +276,12 @@ class KeptImages:
                 os.unlink(temporary, dir_fd=folder)
                 raise
             return descriptor
+
+    def _is_short(self, folder: int, own_bytes: int, needed_bytes: int) -> bool:
+        """Whether the budget or the disk has too little room; needs no lock."""
+        if own_bytes + sum(entry.size_bytes for entry in _entries(folder)) > self._budget_bytes:
+            return True
+        return bool(needed_bytes) and shutil.disk_usage(folder).free < needed_bytes
 
     def _shrink(self, folder: int, extra_bytes: int) -> bool:
         """Delete files, first those not used for the longest time, until so many bytes more fit; whether they do."""

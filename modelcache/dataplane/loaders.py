@@ -27,7 +27,7 @@ from modelcache.dataplane.folder_loaders import (
 from modelcache.dataplane.kept_images import KeptImages
 from modelcache.dataplane.matching import shown
 from modelcache.dataplane.origin import Origin
-from modelcache.dataplane.skeletons import UnlikeError, on_meta, take_layout
+from modelcache.dataplane.skeletons import has_layout, layout_of, on_meta
 from modelcache.dataplane.source import Built, Keepable, Source
 from modelcache.dataplane.weight_files import torch_dtype
 from modelcache.dataplane.weights import JoinedSource, KeptSource, RebuildSource, SafetensorsSource
@@ -204,16 +204,23 @@ def _keepable(
     converts = any(torch_dtype(entries[key]) != tensors[name].dtype for name, key in where.items())
     if not converts or not all(tensor.is_meta and tensor.numel() for tensor in tensors.values()):
         return None
-    names = {name: (key, str(tensors[name].dtype)) for name, key in where.items()}
-    facts = {"loader": "safetensors", "names": names, "segment": kept.segment_bytes}
-
+    # In their order: a class of the same name may lay its tensors out in another way by now.
+    layout = [
+        [
+            (name, where.get(name), str(view.dtype), view.shape, view.stride, view.offset_bytes)
+            for name, view in views.items()
+        ]
+        for _, views in layout_of(model)
+    ]
+    facts = {"loader": "safetensors", "layout": layout, "segment": kept.segment_bytes}
     try:
         origin = Origin.of(facts, [header.path for header in headers])
-        found = kept.find(origin)
-        if found is not None:
-            take_layout(model, found.image, found.views)
-    except (OSError, UnlikeError) as error:
+    except OSError as error:
         _log.warning("no image of model=%s is kept or used: %s", spec.name, error)
+        return None
+    found = kept.find(origin)
+    if found is not None and not has_layout(model, found.image, found.views):
+        _log.warning("%s is not used for model=%s: it has another layout", found.file.path, spec.name)
         return None
     # There is nothing to try before one is written: the model that it is written of began on meta as well.
     return Keepable(origin, {}, lambda _image, _views: model, found)

@@ -1,8 +1,8 @@
 """What a model was made from: enough to know in another process that it would be made from the same again.
 
-Files are known by name, size, time of writing and inode; small ones by their content as well. Beside them count the
-loader with its options, the classes, and the versions of every library that has a say in what the bytes become. There
-is no origin for what a function of the user's makes: nobody can tell when that changes.
+Files are known by name, size, times of writing and of change, and inode; small ones by their content as well. Beside
+them count the loader with its options, the classes, and the versions of every library that has a say in what the bytes
+become. There is no origin for what a function of the user's makes: nobody can tell when that changes.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Origin:
 
     Attributes:
         key: Equal for what gives the same bytes; 64 hexadecimal digits.
-        files: Each with its size, time of writing and inode; all -1 for one that is not there.
+        files: Each with its size, time of writing, time of change and inode; all -1 for one that is not there.
     """
 
     key: str
-    files: tuple[tuple[str, int, int, int], ...]
+    files: tuple[tuple[str, int, int, int, int], ...]
 
     @classmethod
     def of(cls, facts: Mapping[str, object], files: Iterable[Path], small: Iterable[Path] = ()) -> Origin:
@@ -71,14 +71,14 @@ class Origin:
             return False
 
 
-def _stat_of(path: Path) -> tuple[int, int, int]:
+def _stat_of(path: Path) -> tuple[int, int, int, int]:
     try:
         found = path.stat()
     except FileNotFoundError:
-        return (-1, -1, -1)
+        return (-1, -1, -1, -1)
     if not stat.S_ISREG(found.st_mode):
         raise OSError(f"{path} is no regular file")
-    return (found.st_size, found.st_mtime_ns, found.st_ino)
+    return (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
 
 def _content(path: Path) -> bytes:

@@ -63,7 +63,6 @@ class Part:
         ram: The same for RAM.
         with_loader: Per segment: never staged, its bytes are still in the loader's tensors (or on ``meta``).
         original: The fingerprint of each segment when it was first staged; what the source gives.
-        confirmed: Segments whose bytes the source gave and were found to be the original ones.
         reference: The fingerprint of the bytes that were last known to be in RAM, an image file or the source.
         torn: Segments whose RAM copy was being overwritten when a copy failed; VRAM holds their bytes.
         diverged: Writes were kept: the source does not describe the part any more, for ever.
@@ -91,7 +90,6 @@ class Part:
     with_loader: list[bool] = field(default_factory=list)
     original: list[int | None] = field(default_factory=list)
     reference: list[int | None] = field(default_factory=list)
-    confirmed: set[int] = field(default_factory=set)
     torn: set[int] = field(default_factory=set)
     diverged: bool = False
     file: ImageFile | None = None

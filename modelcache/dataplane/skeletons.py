@@ -111,8 +111,13 @@ def take_layout(model: object, image: WeightImage, views: Sequence[Mapping[str, 
             done.add(id(slot.tensor))
             if View.of(slot.tensor, view.offset_bytes) != view:
                 slot.tensor.data = torch.empty_strided(view.shape, view.stride, dtype=view.dtype, device="meta")
-    if layout_of(model) != [(place.size_bytes, each) for place, each in zip(image.storages, views, strict=True)]:
+    if not has_layout(model, image, views):
         raise UnlikeError("its tensors share memory in another way than in the image, or come in another order")
+
+
+def has_layout(model: object, image: WeightImage, views: Sequence[Mapping[str, View]]) -> bool:
+    """Whether a model will be laid out as an image is: the same tensors, as they are, in the same order."""
+    return layout_of(model) == [(place.size_bytes, each) for place, each in zip(image.storages, views, strict=True)]
 
 
 def layout_of(model: object) -> list[tuple[int, Mapping[str, View]]]:

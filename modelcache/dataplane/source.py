@@ -26,10 +26,6 @@ class Source(Protocol):
     def names(self) -> frozenset[str]:
         """The tensors this source can fill."""
 
-    @property
-    def refuses_change(self) -> bool:
-        """Whether `fill` raises when what it reads is not, untouched, what it read at first: the same bytes, unseen."""
-
     def fill(self, targets: Mapping[str, torch.Tensor], report: Callable[[int], None] | None = None) -> None:
         """Write the bytes of each named tensor into its target, in place.
 

@@ -34,6 +34,8 @@ Tell = Callable[[int], None]
 def fill(part: Part, new: NewCopies, tiers: Tiers, segments: Sequence[int], tell: Tell) -> None:
     """Make a RAM copy of each of these segments of a part that is on disk or with its loader.
 
+    Whatever was read is fingerprinted, each time: a file can be written to without a sign of it in its times.
+
     The loader's memory is let go storage by storage as it is copied, so that little exists twice. If the move fails
     after that, the tensors keep the new memory alive for themselves: they are with the loader as before.
 
@@ -44,17 +46,13 @@ def fill(part: Part, new: NewCopies, tiers: Tiers, segments: Sequence[int], tell
     """
     from_disk = [s for s in segments if not part.with_loader[s]]
     from_meta = [s for s in segments if part.with_loader[s] and any(m.tensor.is_meta for m in part.members_of(s))]
-    from_source = {s for s in from_meta if all(m.tensor.is_meta for m in part.members_of(s))}
     ahead = [*from_disk, *from_meta]
     tiers.blocks.expect(sum(part.image.segments[segment].size_bytes for segment in ahead))
     for segment in ahead:
         new.add_ram(segment)
     prints: dict[int, int] = {}
     if from_disk:
-        found = _fill_from_disk(part, new, tiers, from_disk, tell)
-        if found is None:
-            from_source.update(from_disk)
-        prints = found or {}
+        prints = _fill_from_disk(part, new, tiers, from_disk, tell)
     if from_meta:
         storages = [i for s in from_meta for i in part.image.segments[s].storages if part.readers[i][0].tensor.is_meta]
         _fill_from_source(part, new, storages, tell)
@@ -63,11 +61,7 @@ def fill(part: Part, new: NewCopies, tiers: Tiers, segments: Sequence[int], tell
     for segment in with_loader:
         copy = new.ram[segment] if segment in new.ram else new.add_ram(segment)
         _take_from_loader(part, copy, tiers, segment, tell, let_go)
-    trusted = {s for s in from_source & part.confirmed if part.reference[s] == part.original[s]}
-    _check(part, new, [s for s in segments if s not in trusted], prints)
-    if part.source is not None and part.source.refuses_change:
-        # Read once more they are the same bytes, or an error: to look at each of them takes longer than to read them.
-        part.confirmed |= from_source
+    _check(part, new, segments, prints)
     tiers.blocks.prepare()
 
 
@@ -88,8 +82,8 @@ class _LetGo:
             self._freed_bytes = 0
 
 
-def _fill_from_disk(part: Part, new: NewCopies, tiers: Tiers, segments: list[int], tell: Tell) -> dict[int, int] | None:
-    """Returns the fingerprints that were taken on the way; `None` when the source was read, and not the image file."""
+def _fill_from_disk(part: Part, new: NewCopies, tiers: Tiers, segments: list[int], tell: Tell) -> dict[int, int]:
+    """Returns the fingerprints that were taken on the way: none when the source was read, and not the image file."""
     if part.file is not None and tiers.files is not None:
         try:
             return _fill_from_file(part, new, tiers, segments, tell)
@@ -106,7 +100,7 @@ def _fill_from_disk(part: Part, new: NewCopies, tiers: Tiers, segments: list[int
     if not part.restorable_from_source:
         raise MoveError(part.model, "disk", "ram", "neither an image file nor a readable source holds its bytes")
     _fill_from_source(part, new, [i for s in segments for i in part.image.segments[s].storages], tell)
-    return None
+    return {}
 
 
 def _fill_from_file(part: Part, new: NewCopies, tiers: Tiers, segments: list[int], tell: Tell) -> dict[int, int]:

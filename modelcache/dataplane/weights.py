@@ -74,11 +74,6 @@ class SafetensorsSource:
         """The tensors this source can fill."""
         return frozenset(self._where)
 
-    @property
-    def refuses_change(self) -> bool:
-        """True: each file is the file whose header was read, before and after."""
-        return True
-
     def fill(self, targets: Mapping[str, torch.Tensor], report: Report | None = None) -> None:
         """Read each named tensor into its target, with a few threads that are gone when this returns or raises.
 
@@ -176,11 +171,6 @@ class RebuildSource:
             self._build, self._names, model_name=self._model_name, loader=self._loader, expected=checksums
         )
 
-    @property
-    def refuses_change(self) -> bool:
-        """False: what a loader builds is anybody's guess."""
-        return False
-
     def fill(self, targets: Mapping[str, torch.Tensor], report: Report | None = None) -> None:
         """Call the loader and copy its tensors.
 
@@ -243,11 +233,6 @@ class KeptSource:
         """The tensors this source can fill."""
         return frozenset(self._tensors)
 
-    @property
-    def refuses_change(self) -> bool:
-        """True: nobody else has them."""
-        return True
-
     def fill(self, targets: Mapping[str, torch.Tensor], report: Report | None = None) -> None:
         """Copy the kept tensors."""
         with torch.inference_mode(mode=False), torch.no_grad():
@@ -270,11 +255,6 @@ class JoinedSource:
     def names(self) -> frozenset[str]:
         """The tensors that any of them can fill."""
         return frozenset().union(*(source.names() for source in self._sources))
-
-    @property
-    def refuses_change(self) -> bool:
-        """Whether all of them do."""
-        return all(source.refuses_change for source in self._sources)
 
     def fill(self, targets: Mapping[str, torch.Tensor], report: Report | None = None) -> None:
         """Ask each source for what it has; the first that has a tensor fills it."""

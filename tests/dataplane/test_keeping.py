@@ -1,6 +1,7 @@
 """Parts whose bytes are kept for later processes, and parts that begin in an image that an earlier one kept."""
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +11,8 @@ import torch
 from movers import Rig, TensorSource, bits, bumped, same_bits
 
 from modelcache.dataplane.adapters import named_tensors
+from modelcache.dataplane.image import View, lay_out
+from modelcache.dataplane.image_format import Contents
 from modelcache.dataplane.keeping import Keeper
 from modelcache.dataplane.kept_images import KeptImages
 from modelcache.dataplane.origin import Origin
@@ -267,13 +270,13 @@ def test_closing_ends_the_writing_and_leaves_nothing_half(start, folder, tmp_pat
     reached, go_on = threading.Event(), threading.Event()
     write = KeptImages.write
 
-    def slowly(self, origin, contents, about, fill):
+    def slowly(self, origin, contents, about, fill, *more):
         def filled(take):
             reached.set()
             go_on.wait()
             return fill(take)
 
-        return write(self, origin, contents, about, filled)
+        return write(self, origin, contents, about, filled, *more)
 
     monkeypatch.setattr(KeptImages, "write", slowly)
     rig = start()
@@ -368,3 +371,45 @@ def test_a_skeleton_that_differs_from_the_image_is_refused(start, folder, tmp_pa
         model.count = torch.tensor(7)
     with pytest.raises(UnlikeError):
         take_layout(model, found.image, found.views)
+
+
+def test_what_nobody_can_use_any_more_is_swept_in_the_background(start, folder, tmp_path):
+    first = start()
+    first.stage(load(first))
+    wait_until_kept(first)
+    first.mover.close()
+    (current,) = images(tmp_path)
+    gone = tmp_path / "gone.bin"
+    gone.write_bytes(b"gone")
+    left = folder.kept.write(Origin.of({}, [gone]), *_EMPTY)
+    assert len(images(tmp_path)) == 2
+    gone.unlink()
+    second = start()  # it writes nothing: its image is there
+    second.stage(load(second))
+    wait_until_kept(second)
+    assert images(tmp_path) == [current]
+    assert not left.path.exists()
+
+
+def test_a_disk_that_hangs_does_not_hold_the_end_up(start, tmp_path, monkeypatch):
+    monkeypatch.setattr("modelcache.dataplane.keeping._PATIENCE_S", 0.0)
+    monkeypatch.setattr("modelcache.dataplane.keeping._LAST_WAIT_S", 0.0)
+    reached, go_on = threading.Event(), threading.Event()
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (reached.set(), go_on.wait(), sync(descriptor)))
+    rig = start()
+    rig.stage(load(rig))
+    reached.wait()
+    thread = rig.mover._keeper._thread
+    rig.mover.close()
+    assert thread.is_alive()
+    go_on.set()
+    thread.join()
+    assert [path for path in (tmp_path / "images").rglob("*") if path.is_file()] == []
+
+
+_EMPTY = (
+    Contents("", "m", lay_out((4,), SEGMENT), ({"t": View(torch.uint8, (4,), (1,), 0)},)),
+    {},
+    lambda write: (write(memoryview(bytes(lay_out((4,), SEGMENT).size_bytes))), ([0], [0]))[1],
+)

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from modelcache.dataplane import image_format
+from modelcache.dataplane import image_format, kept_images
 from modelcache.dataplane.fingerprint import fingerprint
 from modelcache.dataplane.image import View, lay_out
 from modelcache.dataplane.image_format import Contents
@@ -83,7 +83,7 @@ def test_other_facts_other_files_and_another_cut_are_another_image(tmp_path, sou
     assert len(names(tmp_path)) == 0  # the last one could not be used, and was taken away
 
 
-@pytest.mark.parametrize("change", ["longer", "rewritten", "replaced", "gone"])
+@pytest.mark.parametrize("change", ["longer", "rewritten", "rewritten under the old date", "replaced", "gone"])
 def test_an_image_whose_source_changed_is_not_found_and_is_swept(tmp_path, source, change):
     before = origin_of(source)
     write(kept(tmp_path), before)
@@ -91,6 +91,10 @@ def test_an_image_whose_source_changed_is_not_found_and_is_swept(tmp_path, sourc
         source.write_bytes(b"weights and more")
     elif change == "rewritten":
         os.utime(source, ns=(1, 1))
+    elif change == "rewritten under the old date":
+        found = source.stat()
+        source.write_bytes(b"WEIGHTS")
+        os.utime(source, ns=(found.st_atime_ns, found.st_mtime_ns))
     elif change == "replaced":
         found = source.stat()
         (tmp_path / "new").write_bytes(b"WEIGHTS")
@@ -113,7 +117,7 @@ def test_the_content_of_small_files_counts_whatever_their_dates_say(tmp_path, so
     config.write_text("[]")
     os.utime(config, ns=(found.st_atime_ns, found.st_mtime_ns))
     after = Origin.of({}, [source], [config, tmp_path / "missing.json"])
-    assert before.files == after.files
+    assert before.files[0] == after.files[0]
     assert before.key != after.key
     (tmp_path / "missing.json").write_text("")
     assert Origin.of({}, [source], [config, tmp_path / "missing.json"]).key != after.key
@@ -390,3 +394,58 @@ def test_a_manifest_that_names_no_dtype_of_torch_is_refused(tmp_path, source):
     raw = struct.pack("<8sIQ", image_format.MAGIC, zlib.crc32(bad), len(bad)) + bad + b"".join(DATA)
     file.path.write_bytes(raw)
     assert kept(tmp_path).find(origin) is None
+
+
+def test_a_source_that_changes_while_it_is_written_is_not_kept(tmp_path, source):
+    def changing(take):
+        source.write_bytes(b"other weights")
+        return fill(take)
+
+    with pytest.raises(AbandonedError, match="source changed"):
+        kept(tmp_path).write(origin_of(source), CONTENTS, {}, changing)
+    assert names(tmp_path) == []
+
+
+def test_a_file_that_nobody_waits_for_any_more_is_not_synced(tmp_path, source, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    with pytest.raises(AbandonedError, match="nobody waits"):
+        kept(tmp_path).write(origin_of(source), CONTENTS, {}, fill, lambda: False)
+    assert names(tmp_path) == []
+    assert synced == []
+
+
+def test_room_is_made_without_a_lock_or_with_one_try_for_it(tmp_path, source, monkeypatch):
+    tries = []
+    take = kept_images._try_lock
+    file = write(kept(tmp_path), origin_of(source))
+    monkeypatch.setattr(kept_images, "_try_lock", lambda descriptor: tries.append(descriptor) or take(descriptor))
+    kept(tmp_path).make_room(1000, 1000)
+    assert tries == []
+    descriptor = os.open(file.path.parent, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    kept(tmp_path).make_room(1 << 30)
+    os.close(descriptor)
+    assert len(tries) == 1
+    assert names(tmp_path) == [file.path.name]
+
+
+def test_a_time_of_use_that_cannot_be_set_is_no_damage(tmp_path, source, monkeypatch, caplog):
+    def refused(*args, **options):
+        raise PermissionError(1, "Operation not permitted")
+
+    file = write(kept(tmp_path), origin_of(source))
+    monkeypatch.setattr(os, "utime", refused)
+    assert kept(tmp_path).find(origin_of(source)).file.path == file.path
+    assert caplog.records == []
+
+
+def test_a_file_that_cannot_be_read_now_is_not_deleted(tmp_path, source, monkeypatch, caplog):
+    def failing(*args):
+        raise OSError(5, "Input/output error")
+
+    file = write(kept(tmp_path), origin_of(source))
+    monkeypatch.setattr(image_format, "describe", failing)
+    assert kept(tmp_path).find(origin_of(source)) is None
+    assert "cannot be read" in caplog.text
+    assert names(tmp_path) == [file.path.name]
