@@ -167,7 +167,7 @@ WORLDS = {
     "the same with a shared part and a workspace": lambda: World(
         Budgets(ram=6, vram=4),
         {name: (replace(found, workspace_bytes=1), facts) for name, (found, facts) in shared().items()},
-        [(early("a"), early("c")), (early("b"), WantGone("a", None)), (early("a"),)],
+        [(early("a"), early("c")), (early("b"), WantGone("a", None))],
         failures=1,
     ),
     "host only, with workspaces": lambda: World(
