@@ -135,7 +135,7 @@ class ModelCache:
         self._registry = Registry()
         self._door = FrontDoor(
             self._driver,
-            parts.mover.object_of,
+            parts.mover,
             parts.execution_device,
             self._registry.unknown,
             self._describe,

@@ -29,6 +29,7 @@ from modelcache.lease import (
 )
 from modelcache.runtime.driver import Driver
 from modelcache.runtime.gate import Gate
+from modelcache.runtime.ports import Mover
 
 L = TypeVar("L", bound=Lease)
 
@@ -49,7 +50,7 @@ class FrontDoor:
 
     Args:
         driver: Asked when a gate is closed.
-        object_of: The object the loader built, by name.
+        mover: The data plane; asked for objects, and around calls that start early.
         execution_device: The device calls run on.
         unknown: Makes the error about a name nobody registered.
         describe: Where a model is, in words.
@@ -59,7 +60,7 @@ class FrontDoor:
     def __init__(
         self,
         driver: Driver,
-        object_of: Callable[[str], Any],
+        mover: Mover,
         execution_device: Callable[[], object],
         unknown: Callable[[str], UnknownModelError],
         describe: Callable[[str], str],
@@ -68,7 +69,7 @@ class FrontDoor:
     ) -> None:
         self.entries: dict[str, Entry] = {}
         self._driver = driver
-        self._object_of = object_of
+        self._mover, self._object_of = mover, mover.object_of
         self._execution_device = execution_device
         self._device: object = None
         self._unknown = unknown
@@ -180,11 +181,11 @@ class FrontDoor:
         """Wait until weights that are on their way are there; no-op otherwise, and once closed."""
         entry = self.entries.get(name)
         if entry is not None and entry.gate.closed and self.refusal() is None:
-            self._driver.mover.settle(name)
+            self._mover.settle(name)
 
     def call(self, name: str) -> AbstractContextManager[None]:
         """Around a call under a lease that had to be asked for."""
-        return self._driver.mover.call(name)
+        return self._mover.call(name)
 
     def limit_first_use(self, lease: FirstUseLease) -> None:
         """Let it end after its time."""

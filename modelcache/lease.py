@@ -6,6 +6,7 @@ import asyncio
 import threading
 import warnings
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
@@ -249,23 +250,23 @@ class FirstUses:
         return None
 
 
-class Leases:
+class Leases(ABC):
     """Leases on several models, returned together; the ``with`` block yields the raw objects in the order asked for."""
 
     __slots__ = ()
 
     @property
+    @abstractmethod
     def models(self) -> tuple[Any, ...]:
         """The raw objects, in the order asked for.
 
         Raises:
             LeaseClosedError: The leases were returned.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """Return them all; again is a no-op."""
-        raise NotImplementedError
 
     def __enter__(self) -> tuple[Any, ...]:
         return self.models

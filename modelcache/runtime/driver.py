@@ -173,11 +173,6 @@ class Driver:
         return self._ticks.__next__
 
     @property
-    def mover(self) -> Mover:
-        """The data plane."""
-        return self._mover
-
-    @property
     def now_s(self) -> Callable[[], float]:
         """The clock that deadlines are on."""
         return self._clock.now_s

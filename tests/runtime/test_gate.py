@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,7 +168,7 @@ def entering(tick: int, way: str = "gate") -> Operation:
     def enter(gate: Gate) -> bool:
         if way == "gate":
             return gate.enter(tick, "holder")
-        door = FrontDoor(NoDriver(tick), lambda _name: MODEL, object, KeyError, str)  # type: ignore[arg-type]
+        door = FrontDoor(NoDriver(tick), SimpleNamespace(object_of=lambda _name: MODEL), object, KeyError, str)  # type: ignore[arg-type]
         door.entries["m"] = entry = Entry("m", gate)
         entry.model = MODEL
         try:
