@@ -55,15 +55,29 @@ def _open_files() -> set[tuple[str, str]]:
     return found
 
 
+@pytest.fixture
+def figure(record_property):
+    """Report a number in the table at the end: `figure("schedules", "shipped mover", 2_000)`; equal labels add up."""
+
+    def report(group: str, label: str, number: float) -> None:
+        record_property("figure", (group, label, number))
+
+    return report
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
-    """How many states of each world were visited."""
-    visited = [
-        (report.nodeid.partition("[")[2].rstrip("]"), dict(report.user_properties)["states"])
-        for report in terminalreporter.getreports("passed")
-        if "states" in dict(report.user_properties)
-    ]
-    if visited:
-        terminalreporter.section("explored states")
-        for world, num_states in visited:
-            terminalreporter.line(f"{num_states:>9,}  {world}")
-        terminalreporter.line(f"{sum(number for _, number in visited):>9,}  in all")
+    """What was proved, as one table: every figure that a passing test reported."""
+    groups: dict[str, dict[str, float]] = {}
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "figure":
+                group, label, number = value
+                labels = groups.setdefault(group, {})
+                labels[label] = labels.get(label, 0) + number
+    if groups:
+        terminalreporter.section("proof")
+    for group, labels in sorted(groups.items()):
+        for label, number in labels.items():
+            terminalreporter.line(f"{number:>12,}  {group}: {label}")
+        if len(labels) > 1:
+            terminalreporter.line(f"{sum(labels.values()):>12,}  {group}, in all")

@@ -241,9 +241,9 @@ def _way(origin, state: int) -> list[tuple]:
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("name", WORLDS)
-def test_every_reachable_state_keeps_every_promise(name: str, record_property) -> None:
+def test_every_reachable_state_keeps_every_promise(name: str, figure) -> None:
     num_states = explore(WORLDS[name]())
-    record_property("states", num_states)
+    figure("states", name, num_states)
     assert num_states > 100
 
 
