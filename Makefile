@@ -6,11 +6,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test check bench gpu wheel-test clean
+.PHONY: demo test check proof bench gpu wheel-test clean
 
 $(VENV)/.ok: pyproject.toml $(CONSTRAINTS)
 	$(PY) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[demo,test,dev,bench,fuzz]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[demo,test,dev,bench]'
 	touch $@
 
 demo: $(VENV)/.ok ## real models share too little VRAM, on any machine
@@ -24,6 +24,9 @@ check: $(VENV)/.ok ## format, lint, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+proof: $(VENV)/.ok ## what proves the suite: every seeded bug of tests/mutants is caught by the tests it names
+	OMP_NUM_THREADS=1 $(BIN)/python tools/mutants.py --jobs $(JOBS)
 
 bench: $(VENV)/.ok ## the figures of the README, next to their references in the same run
 	GLIBC_TUNABLES=glibc.cpu.x86_non_temporal_threshold=0x400000 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py

@@ -20,6 +20,7 @@ from modelcache.core.messages import (
     WantLease,
     WantRoom,
 )
+from modelcache.core.records import Loading
 from modelcache.core.wants import MAX_OVERTAKEN
 from modelcache.errors import (
     BudgetExhaustedError,
@@ -175,6 +176,30 @@ def test_completions_of_another_generation_change_nothing():
     scene.event(LoadDone("a", 77, model("a", 3)[1]))
     assert scene.machine.books.parts["a"].residency == before.residency
     assert scene.machine.books.parts["a"].facts == before.facts
+
+
+def test_a_load_that_was_given_up_for_a_later_one_cannot_end_it():
+    scene = Scene(Budgets(ram=8, vram=8), model("a", 2))
+    scene.lease("a")
+    scene.load_fails("a", OSError("no such file"))
+    caller = scene.lease("a")
+    scene.event(LoadDone("a", scene.loads["a"] - 1, model("a", 3)[1]))
+    assert scene.machine.model("a").loading is Loading.LOADING
+    scene.settle()
+    assert got(caller)
+    assert scene.machine.books.parts["a"].facts == model("a", 2)[1].parts[0]
+
+
+def test_a_move_that_ended_before_cannot_end_the_present_one():
+    scene = Scene(Budgets(ram=8, vram=8), model("a", 2))
+    caller = scene.lease("a")
+    scene.step()  # its load
+    scene.step()  # disk -> RAM; now it is on its way up
+    scene.event(MoveDone("a", scene.moves["a"].generation - 1, Moved(0, 0.0)))
+    assert caller.answer is None
+    assert scene.machine.books.parts["a"].flight is not None
+    scene.settle()
+    assert got(caller)
 
 
 def test_closing_refuses_everybody_and_whoever_comes_later():
@@ -556,6 +581,44 @@ def test_evicting_what_no_file_holds_needs_a_disk_budget():
     assert scene.state("a") == "ready"
 
 
+def test_parking_waits_until_the_room_it_takes_in_ram_is_free():
+    scene = Scene(Budgets(ram=4, vram=6), model("a", 2), model("b", 2), model("c", 2))
+    scene.use("a", "b", "c")
+    assert scene.where("a") == (1, 1), "RAM gave up what VRAM holds"
+    scene.ask(WantDown("a", Tier.RAM, None))
+    assert [move.kind for move in scene.moves.values()] == [MoveKind.SHED]
+    scene.settle()
+    assert scene.state("a") == "parked"
+
+
+def _parked_with_writes(scene: Scene) -> None:
+    scene.ask(WantDown("a", Tier.RAM, None))
+    scene.event(MoveDone("a", scene.moves.pop("a").generation, Moved(0, 0.0, written=True)))
+    assert scene.state("a") == "parked"
+
+
+def test_what_was_written_to_is_not_read_again_from_its_source():
+    scene = Scene(Budgets(ram=8, vram=8), model("a", 2))
+    scene.use("a")
+    _parked_with_writes(scene)
+    error = error_of(scene.ask(WantDown("a", Tier.DISK, None)))
+    assert "in no file to read them from again" in str(error)
+    assert scene.state("a") == "parked"
+
+
+def test_an_image_file_from_before_a_write_is_deleted():
+    scene = Scene(Budgets(ram=8, vram=8, disk=8), model("a", 2, readable=False))
+    scene.use("a")
+    scene.ask(WantDown("a", Tier.DISK, None))
+    scene.settle()
+    scene.use("a")
+    assert scene.machine.books.disk.resident_bytes == 2
+    _parked_with_writes(scene)
+    assert scene.machine.books.disk.resident_bytes == 0
+    scene.ask(WantDown("a", Tier.DISK, None))
+    assert scene.moves["a"].write_image
+
+
 def test_evicting_what_no_file_holds_writes_one():
     scene = Scene(Budgets(ram=8, vram=8, disk=8), model("a", 2, readable=False))
     scene.use("a")
@@ -705,6 +768,18 @@ def test_a_use_starts_the_idle_time_again_and_a_lease_stops_it():
     assert scene.state("a") == "parked"
 
 
+def test_a_lease_held_for_longer_than_the_idle_time_keeps_its_model_in_use():
+    scene = Scene(Budgets(ram=8, vram=8), model("a", 2, idle_s=10.0))
+    scene.use("a")
+    holder = scene.hit("a")
+    for now_s in (2.5, 12.5, 22.5):
+        scene.at(now_s)
+    scene.leave(holder)
+    scene.at(23.5)
+    scene.settle()
+    assert scene.state("a") == "ready"
+
+
 def test_a_pinned_model_is_never_idle():
     scene = Scene(Budgets(ram=8, vram=8), model("a", 2, idle_s=10.0, pin=Tier.VRAM))
     scene.use("a")
@@ -745,6 +820,29 @@ def test_a_want_for_leases_keeps_what_it_names():
     scene.settle()
     assert got(both)
     assert isinstance(both.wants[0], WantLease)
+
+
+def test_what_an_earlier_request_counts_on_is_not_given_up_for_a_later_one():
+    scene = Scene(Budgets(ram=20, vram=6), model("a", 2), model("b", 2), model("c", 2), model("d", 2), model("e", 2))
+    scene.use("a", "b", "d")
+    scene.given_up()
+    both = scene.lease("a", "c")
+    late = scene.lease("e")
+    scene.settle()
+    assert got(both)
+    assert got(late)
+    assert scene.given_up() == [("trim", "b"), ("trim", "d")]
+
+
+def test_whoever_leaves_is_told_nothing_more_of_what_he_waited_for():
+    scene = Scene(Budgets(ram=20, vram=2), model("a", 2), model("b", 2))
+    holder = scene.get("a")
+    waiting = scene.lease("b")
+    scene.settle()
+    assert scene.gates["a"].watched
+    scene.give_up(waiting)
+    assert not scene.gates["a"].watched
+    scene.leave(holder)
 
 
 def test_what_is_kept_for_a_later_ticket_is_free_to_an_earlier_one():

@@ -17,7 +17,8 @@ from modelcache.errors import (
     MoveError,
 )
 from modelcache.lease import Lease
-from modelcache.runtime.driver import name_of, own_copy
+from modelcache.runtime.driver import _caused, name_of, own_copy
+from modelcache.runtime.gate import Gate
 from modelcache.testing import FakeModel
 from modelcache.tier import Tier
 
@@ -93,6 +94,83 @@ def test_leaving_gives_back_leases_that_came_first(bench):
     driver.leave(waiter)
     bench.pool.settle()
     assert bench.cache.info("a").num_leases == 0
+
+
+def test_a_lease_granted_to_a_caller_who_has_just_left_is_given_back(bench):
+    bench.add("a")
+    driver = bench.cache._driver
+    waiter = driver.waiter(lambda: None)
+    waiter.leave()
+    driver.post(WantLease(("a",), None), waiter, None, bench.cache._door._lender(Lease))
+    bench.pool.settle()
+    assert bench.state("a") == "ready"
+    assert bench.cache.info("a").num_leases == 0
+
+
+class EnteredWhileClosing(Gate):
+    """A caller gets in at the last moment before it is closed."""
+
+    __slots__ = ()
+
+    def close(self) -> None:
+        self.enter(10**6, "the last one in")
+        super().close()
+
+
+def test_a_caller_who_gets_in_right_before_the_gate_closes_keeps_the_model(bench):
+    bench.add("a")
+    bench.use("a")
+    driver = bench.cache._driver
+    gate = driver.gates["a"] = EnteredWhileClosing()
+    gate.open_()
+    parking = bench.call(lambda: bench.cache.park("a"))
+    bench.pool.settle(num_callers=1)
+    assert gate.num_leases == 1
+    assert bench.state("a") == "ready"
+    gate.leave(10**6)
+    driver.lease_returned("a")
+    parking.result()
+    assert bench.state("a") == "parked"
+
+
+class LeftUnseen(Gate):
+    """Its last lease comes back right before it is watched, so its holder tells nobody."""
+
+    __slots__ = ("is_seen",)
+
+    def __init__(self) -> None:
+        self.is_seen = False
+        super().__init__()
+
+    @property
+    def watched(self) -> bool:
+        return self.is_seen
+
+    @watched.setter
+    def watched(self, is_seen: bool) -> None:
+        if is_seen:
+            self.open.clear()
+        self.is_seen = is_seen
+
+
+def test_a_lease_that_came_back_right_before_its_gate_was_watched_still_makes_room(bench):
+    bench.add("a", "b", size=40)
+    bench.use("a")
+    driver = bench.cache._driver
+    gate = driver.gates["a"] = LeftUnseen()
+    gate.open_()
+    gate.enter(10**6, "somebody")
+    bench.call(lambda: bench.use("b")).result()
+    assert bench.state("b") == "ready"
+
+
+def test_a_stored_cause_keeps_no_frame_of_the_loader_alive():
+    try:
+        1 / 0
+    except ZeroDivisionError as error:
+        stored = _caused(LoaderError("a", "m:load", "broke"), error)
+    assert stored.__cause__.__traceback__ is None
+    assert "1 / 0" in stored.__notes__[0]
 
 
 def test_room_that_is_granted_to_nobody_is_given_back(bench):
