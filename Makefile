@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test check proof bench gpu wheel-test clean
+.PHONY: demo test check proof soak bench gpu wheel-test clean
 
 $(VENV)/.ok: pyproject.toml $(CONSTRAINTS)
 	$(PY) -m venv $(VENV)
@@ -27,6 +27,9 @@ check: $(VENV)/.ok ## format, lint, types, import contracts
 
 proof: $(VENV)/.ok ## what proves the suite: every seeded bug of tests/mutants is caught by the tests it names
 	OMP_NUM_THREADS=1 $(BIN)/python tools/mutants.py --jobs $(JOBS)
+
+soak: $(VENV)/.ok ## what is larger than that: 100,000 simulated schedules
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m proof -n $(JOBS) --dist worksteal
 
 bench: $(VENV)/.ok ## the figures of the README, next to their references in the same run
 	GLIBC_TUNABLES=glibc.cpu.x86_non_temporal_threshold=0x400000 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py

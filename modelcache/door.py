@@ -133,10 +133,11 @@ class FrontDoor:
             entry = self.entries[name]
         except KeyError:
             entry = self.entry(name)
-        gate, tick = entry.gate, self._next_tick()
+        # The model is read once: another caller's first lease may set it at any moment.
+        gate, tick, model = entry.gate, self._next_tick(), entry.model
         holder = current_thread() if running_loop() is None else current_holder()
         # The lease exists before the gate knows of it, so an interrupt in between loses nothing.
-        lease = kind(entry.name, gate, tick, self._on_return, entry.model, _site() if self._with_sites else None)
+        lease = kind(entry.name, gate, tick, self._on_return, model, _site() if self._with_sites else None)
         # `Gate.enter`, written out.
         gate.open[tick] = holder
         if gate.closed or (gate.limit and len(gate.open) > gate.limit):
@@ -147,7 +148,7 @@ class FrontDoor:
             (lease,) = self._ask((name,), timeout_s, kind, holder)
             return lease
         gate.tick = tick
-        if entry.model is None:
+        if model is None:
             self._fill(entry, lease)
         return lease
 
@@ -157,17 +158,15 @@ class FrontDoor:
             entry = self.entries[name]
         except KeyError:
             entry = self.entry(name)
-        gate, tick = entry.gate, self._next_tick()
-        lease = FirstUseLease(
-            entry.name, gate, tick, self._on_return, entry.model, _site() if self._with_sites else None
-        )
+        gate, tick, model = entry.gate, self._next_tick(), entry.model
+        lease = FirstUseLease(entry.name, gate, tick, self._on_return, model, _site() if self._with_sites else None)
         gate.open[tick] = None
         if gate.closed or (gate.limit and len(gate.open) > gate.limit):
             lease.close()
             (lease,) = self._ask((name,), timeout_s, FirstUseLease, None)
         else:
             gate.tick = tick
-            if entry.model is None:
+            if model is None:
                 self._fill(entry, lease)
         self._first_uses.limit(lease)
         return lease
@@ -199,8 +198,9 @@ class FrontDoor:
 
     def _enter_all(self, names: tuple[str, ...], holder: object) -> list[Lease] | None:
         leases: list[Lease] = []
-        for name in names:
-            lease = self._enter(self.entry(name), Lease, holder)
+        # An unknown name is refused before anything is leased.
+        for entry in [self.entry(name) for name in names]:
+            lease = self._enter(entry, Lease, holder)
             if lease is None:
                 for taken in leases:
                     taken.close()
@@ -209,11 +209,11 @@ class FrontDoor:
         return leases
 
     def _enter(self, entry: Entry, kind: type[L], holder: object) -> L | None:
-        gate, tick = entry.gate, self._next_tick()
+        gate, tick, model = entry.gate, self._next_tick(), entry.model
         # The lease exists before the gate knows of it, as in `lease`.
-        lease = kind(entry.name, gate, tick, self._on_return, entry.model, _site() if self._with_sites else None)
+        lease = kind(entry.name, gate, tick, self._on_return, model, _site() if self._with_sites else None)
         if gate.enter(tick, holder):
-            if entry.model is None:
+            if model is None:
                 self._fill(entry, lease)
             return lease
         lease.close()

@@ -10,7 +10,7 @@ import pytest
 from benches import Bench
 from interrupts import interrupted
 
-from modelcache.errors import LeaseTimeoutError
+from modelcache.errors import LeaseTimeoutError, UnknownModelError
 
 
 @pytest.fixture
@@ -47,6 +47,41 @@ def test_a_lease_that_several_could_not_get_together_is_given_back(bench):
     with pytest.raises(Exception, match="needs 60 B"):
         bench.cache.lease_many("a", "b")
     assert bench.cache.info("a").num_leases == 0
+
+
+def test_several_of_which_one_is_unknown_lease_nothing(bench):
+    # A lease dropped on the way would warn its user of a mistake that is not his.
+    bench.add("a")
+    bench.use("a")
+    with pytest.raises(UnknownModelError):
+        bench.cache.lease_many("a", "nobody")
+    assert bench.cache.info("a").num_leases == 0
+
+
+def test_a_first_hit_beside_another_callers_first_lease_has_the_model(bench):
+    bench.add("a")
+    bench.cache.prefetch("a").result(10)
+    door = bench.cache._door
+    entry = door.entries["a"]
+
+    class FilledMeanwhile(type(entry.gate)):
+        """Another caller's lease brings the model right after this one has entered."""
+
+        __slots__ = ()
+
+        @property
+        def closed(self) -> bool:
+            entry.model = door._object_of("a")
+            return False
+
+    entry.gate = FilledMeanwhile.__new__(FilledMeanwhile)
+    entry.gate.open, entry.gate.tick, entry.gate.limit, entry.gate.watched = {}, 0, 0, False
+    with door.lease("a", None) as model:
+        assert model is bench.mover.object_of("a")
+    entry.model = None
+    lease = door.first_use("a", None)
+    assert lease.model is bench.mover.object_of("a")
+    lease.close()
 
 
 def test_leases_are_held_in_the_callers_name(bench):

@@ -139,6 +139,8 @@ class Machine:
         self.now_s = 0.0
         #: Leases ordered by the present call; their gates know of them once the orders are carried out.
         self._granted: dict[str, int] = {}
+        #: Models that the last plan found leased. A lease may be returned before its gate is read again.
+        self.seen_leased: dict[str, None] = {}
         self._next_own_ticket = -1
         self._out: list[Instruction] = []
         self._idle_models: dict[str, None] = {}
@@ -348,8 +350,12 @@ class Machine:
         def may(name: str) -> bool:
             if name in promised or self.is_barred(name, waiting):
                 return False
-            return self.num_leases(name) == 0
+            if self.num_leases(name) == 0:
+                return True
+            self.seen_leased[name] = None
+            return False
 
+        self.seen_leased.clear()
         return may
 
     def is_barred(self, name: str, waiting: Waiting) -> bool:

@@ -249,6 +249,13 @@ class Planner:
                     self._trim(draft, part)
                 if draft.vram >= 0:
                     return
+        for give_up in (self._spill, self._trim_into_ram):
+            with self._ranked(self._books.in_use, Tier.VRAM, may_take, spared) as ranked:
+                for part in ranked:
+                    if part.vram:
+                        give_up(draft, part)
+                    if draft.vram >= 0:
+                        return
 
     def _trim(self, draft: _Draft, part: Part) -> None:
         """Take tail segments of one part until enough is free; whole to disk if RAM has no room for what it lacks."""
@@ -264,6 +271,19 @@ class Planner:
             draft.take(part, Residency(0, part.n))
         elif not is_dispatched:
             self._trim_what_ram_holds(draft, part)
+
+    def _spill(self, draft: _Draft, part: Part) -> None:
+        """Give one part up to an image file, for want of room in RAM."""
+        if not part.rereadable and self.may_leave_whole(part) and part.facts.image_bytes <= draft.disk:
+            draft.take(part, Residency(0, part.n), write_image=True)
+
+    def _trim_into_ram(self, draft: _Draft, part: Part) -> None:
+        """Give one part up to RAM although that has no room for it: others then give theirs up."""
+        draft.untake(part)
+        keep = 0 if any(self._books.models[name].is_dispatched for name in part.models) else part.vram
+        while keep and part.vram_sums[part.vram] - part.vram_sums[keep] < -draft.vram:
+            keep -= 1
+        draft.take(part, Residency(keep, min(keep, part.ram)))
 
     def _trim_what_ram_holds(self, draft: _Draft, part: Part) -> None:
         keep = min(part.ram, part.vram)

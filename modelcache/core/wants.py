@@ -429,12 +429,20 @@ class Wants:
         m = self._m
         leased = self._leased(waiting)
         gives_up = isinstance(waiting.want, WantCopy) and bool(leased)
-        if refusal.cause is Cause.HELD or not m.budgets.wait_when_full or gives_up:
+        is_vain = not leased and self._is_at_rest(waiting)
+        if refusal.cause is Cause.HELD or not m.budgets.wait_when_full or gives_up or is_vain:
             m.refuse(waiting, self._exhausted(waiting, refusal, leased))
             return
         self.wait_for_leases(waiting, leased)
         if pressure := m.books.account(refusal.tier).pressure_on(refusal.tier):
             waiting.why += f"; {pressure}"
+
+    def _is_at_rest(self, waiting: Waiting) -> bool:
+        """Whether nothing that was asked for by others could still make room: nobody would ever wake this ticket."""
+        m = self._m
+        others = (other for other in m.waiting.values() if other is not waiting)
+        is_busy = m.held or m.loading_names or m.forgetting or not m.flights.is_idle
+        return not is_busy and all(other.claims is None and not other.blocked_on for other in others)
 
     def _exhausted(self, waiting: Waiting, refusal: Refusal, leased: tuple[str, ...]) -> BudgetExhaustedError:
         pressure = self._m.books.account(refusal.tier).pressure_on(refusal.tier)
@@ -449,7 +457,7 @@ class Wants:
         )
 
     def _leased(self, waiting: Waiting) -> tuple[str, ...]:
-        names: dict[str, None] = {}
+        names = dict(self._m.seen_leased)
         for part in self._m.books.resident:
             for name in self._m.books.parts[part].models:
                 if self._m.num_leases(name):

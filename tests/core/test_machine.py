@@ -148,6 +148,33 @@ def test_a_victim_that_cannot_move_stays_and_another_goes():
     assert scene.states() == {"a": "ready", "b": "parked", "c": "ready"}
 
 
+def test_when_the_only_victim_cannot_move_the_request_is_refused_instead_of_waiting_for_nothing():
+    scene = Scene(Budgets(ram=8, vram=2), model("a", 2), model("b", 2))
+    scene.use("a")
+    caller = scene.lease("b")
+    while "a" not in scene.moves:
+        scene.step()
+    scene.move_fails("a", MoveError("a", "vram", "ram", "broke"))
+    scene.settle()
+    assert isinstance(error_of(caller), BudgetExhaustedError)
+    assert scene.state("a") == "ready"
+
+
+@pytest.mark.parametrize(("disk", "kind"), [(8, "evict"), (0, "trim")])
+def test_what_only_vram_holds_makes_room_although_ram_has_none_for_it(disk, kind):
+    scene = Scene(Budgets(ram=4, vram=6, disk=disk), *(model(name, 2) for name in "abcd"))
+    scene.use("a", "b", "c")
+    assert scene.where("a") == (1, 1), "RAM gave up what VRAM holds"
+    scene.machine.books.parts["a"].source_stale = True
+    scene.pin("b", Tier.VRAM)
+    scene.pin("c", Tier.VRAM)
+    scene.given_up()
+    caller = scene.lease("d")
+    scene.settle()
+    assert got(caller)
+    assert (kind, "a") in scene.given_up()
+
+
 def test_a_request_beyond_the_waiters_allowed_is_refused_at_once():
     scene = Scene(Budgets(ram=4, vram=4, max_waiters=2), model("a", 2))
     scene.lease("a")

@@ -1,0 +1,144 @@
+"""One thread that plays many: a seed decides who runs next, and time passes only when nobody can run.
+
+The strategies are uniform random choice, and PCT (Burckhardt et al., "A randomized scheduler with probabilistic
+guarantees of finding bugs", 2010): random priorities with a few points at which the running task falls to the lowest.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+
+from greenlet import getcurrent, greenlet
+
+#: More switches than this in one schedule, and it is taken for a livelock.
+MAX_SWITCHES = 100_000
+#: Where PCT's priorities change: somewhere within this many switches.
+PCT_SWITCHES = 600
+PCT_CHANGES = 3
+
+
+class Livelock(AssertionError):
+    """Everybody runs and nothing ends."""
+
+
+class Task:
+    """A thread of the simulation."""
+
+    def __init__(self, name: str, run: Callable[[], None], priority: float, hub: greenlet) -> None:
+        self.name = name
+        self.priority = priority
+        self.ready: Callable[[], bool] | None = None
+        self.until_s: float | None = None
+        self.why = "start"
+        self.error: BaseException | None = None
+        self._run = run
+        # Its end comes back to the hub, whoever started it.
+        self.greenlet = greenlet(self._body, parent=hub)
+
+    def _body(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:
+            self.error = error
+
+    @property
+    def is_over(self) -> bool:
+        return self.greenlet.dead
+
+
+class Scheduler:
+    """Runs tasks one at a time; they hand over only where they say so."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.random = random.Random(seed)
+        self.strategy = self.random.choice(("random", "pct"))
+        changes = self.random.sample(range(PCT_SWITCHES), PCT_CHANGES)
+        self._changes = frozenset(changes) if self.strategy == "pct" else frozenset()
+        self.now_s = 0.0
+        self.num_switches = 0
+        self.tasks: list[Task] = []
+        self.trace: deque[str] = deque(maxlen=30)
+        #: Called after every switch; raises what an oracle has found.
+        self.watch: Callable[[], None] = lambda: None
+        self._hub = getcurrent()
+        self._current: Task | None = None
+
+    @property
+    def current(self) -> Task | None:
+        """The task that runs now; `None` outside every task, in a finalizer between two of them too."""
+        task = self._current
+        return task if task is not None and getcurrent() is task.greenlet else None
+
+    def note(self, what: str) -> None:
+        """Add to the trace."""
+        who = self._current.name if self._current is not None else "-"
+        self.trace.append(f"{self.now_s:7.2f} s  {who}: {what}")
+
+    def spawn(self, name: str, run: Callable[[], None]) -> Task:
+        task = Task(name, run, self.random.random(), self._hub)
+        self.tasks.append(task)
+        return task
+
+    def switch(self, why: str) -> None:
+        """Let others run, perhaps. Does nothing outside every task."""
+        task = self.current
+        if task is not None:
+            task.ready, task.until_s, task.why = None, None, why
+            self._hub.switch()
+
+    def wait(self, ready: Callable[[], bool], why: str, until_s: float | None = None) -> bool:
+        """Stand still until `ready()`; whether it was, and not the time that came first."""
+        task = self.current
+        assert task is not None, f"nobody can wait outside of a task: {why}"
+        task.ready, task.until_s, task.why = ready, until_s, why
+        self._hub.switch()
+        return ready()
+
+    def sleep(self, seconds: float, why: str) -> None:
+        self.wait(lambda: False, why, self.now_s + seconds)
+
+    def step_back(self, why: str) -> None:
+        """Let everybody else run first."""
+        task = self.current
+        if task is not None:
+            task.priority = min((each.priority for each in self.tasks), default=0.0) - 1.0
+            self.switch(why)
+
+    def run(self) -> None:
+        """Until nobody can run any more, however much time passes."""
+        while True:
+            self.tasks = [task for task in self.tasks if not task.is_over]
+            able = [task for task in self.tasks if task.ready is None or task.ready() or self._is_due(task)]
+            if able:
+                self._resume(able)
+                continue
+            times = [task.until_s for task in self.tasks if task.until_s is not None]
+            if not times:
+                return
+            self.now_s = max(self.now_s, min(times))
+
+    def _is_due(self, task: Task) -> bool:
+        return task.until_s is not None and task.until_s <= self.now_s
+
+    def _resume(self, able: list[Task]) -> None:
+        self.num_switches += 1
+        if self.num_switches > MAX_SWITCHES:
+            raise Livelock(f"{self.num_switches} switches; able to run: {', '.join(task.name for task in able)}")
+        if self.strategy == "random":
+            task = able[int(self.random.random() * len(able))]
+        else:
+            task = max(able, key=lambda each: each.priority)
+            if self.num_switches in self._changes:
+                task.priority = min(each.priority for each in self.tasks) - 1.0
+        task.ready, task.until_s = None, None
+        self._current = task
+        try:
+            task.greenlet.switch()
+        finally:
+            self._current = None
+        if task.error is not None:
+            raise task.error
+        self.watch()
