@@ -438,11 +438,13 @@ class Wants:
             waiting.why += f"; {pressure}"
 
     def _is_at_rest(self, waiting: Waiting) -> bool:
-        """Whether nothing that was asked for by others could still make room: nobody would ever wake this ticket."""
+        """Whether nobody would ever wake this ticket: nothing is in flight, and nobody came before it."""
         m = self._m
-        others = (other for other in m.waiting.values() if other is not waiting)
         is_busy = m.held or m.loading_names or m.forgetting or not m.flights.is_idle
-        return not is_busy and all(other.claims is None and not other.blocked_on for other in others)
+        if is_busy or not isinstance(waiting.want, WantLease):
+            return False
+        others = (other for other in m.waiting.values() if other is not waiting)
+        return all(other.ticket > waiting.ticket and other.claims is None for other in others)
 
     def _exhausted(self, waiting: Waiting, refusal: Refusal, leased: tuple[str, ...]) -> BudgetExhaustedError:
         pressure = self._m.books.account(refusal.tier).pressure_on(refusal.tier)
