@@ -10,7 +10,7 @@ JOBS ?= 2
 
 $(VENV)/.ok: pyproject.toml $(CONSTRAINTS)
 	$(PY) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[demo,test,dev,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[ab,demo,test,dev,bench]'
 	touch $@
 
 demo: $(VENV)/.ok ## real models share too little VRAM, on any machine

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from modelcache.config.ab_settings import CompareSettings, ExperimentSettings, ScoreSettings, SliceSettings
+from modelcache.config.fields import Section
 from modelcache.config.layers import settings_paths, variable
 from modelcache.config.schema import (
     BudgetSettings,
     ModelSettings,
     PolicySettings,
-    Section,
     Settings,
     SimulatedSettings,
 )
@@ -20,6 +21,12 @@ _SECTIONS: tuple[tuple[str, type[Section]], ...] = (
     ("budgets", BudgetSettings),
     ("policy", PolicySettings),
     ("simulated", SimulatedSettings),
+)
+_AB: tuple[tuple[str, type[Section]], ...] = (
+    ("`ab.compare` is what `modelcache ab run` compares.", CompareSettings),
+    ("Under `ab.compare.scores`, each name has these keys.", ScoreSettings),
+    ("Under `ab.experiments`, each name has these keys.", ExperimentSettings),
+    ("Its `layer` has these.", SliceSettings),
 )
 _INTRODUCTION = """\
 # Configuration
@@ -51,7 +58,7 @@ are given none.
 def page() -> str:
     """The whole page."""
     by_variable = {path: variable(path) for path in settings_paths()}
-    sections = {name for name, _ in _SECTIONS} | {"models"}
+    sections = {name for name, _ in _SECTIONS} | {"models", "ab"}
     top = [
         (name, str(field.description), by_variable.get((name,), ""))
         for name, field in Settings.model_fields.items()
@@ -66,6 +73,10 @@ def page() -> str:
         parts += [f"## {name}\n", f"{Settings.model_fields[name].description}\n", _table(rows, has_variables=True)]
     rows = [(key, str(field.description), "") for key, field in ModelSettings.model_fields.items()]
     parts += ["## models\n", "Under `models`, each name has these keys.\n", _table(rows, has_variables=False)]
+    parts.append("## ab\n")
+    for words, section in _AB:
+        rows = [(key, str(field.description), "") for key, field in section.model_fields.items()]
+        parts += [f"{words}\n", _table(rows, has_variables=False)]
     return "\n".join(parts)
 
 

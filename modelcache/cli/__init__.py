@@ -1,4 +1,4 @@
-"""The command line: demo, doctor, config, plan. A guest: it uses public names of `modelcache` only."""
+"""The command line: demo, doctor, config, plan, ab. A guest: it uses public names of `modelcache` only."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from modelcache import ConfigError, ModelCacheError, __version__
-from modelcache.cli import config_commands, demo, doctor, plan
+from modelcache.cli import ab, config_commands, demo, doctor, plan
 from modelcache.cli.output import Exit, complain, complain_about, write_text
 
 # One line a paragraph: the help wraps it to the terminal.
@@ -68,3 +68,4 @@ app.command(epilog=demo.EPILOG)(demo.demo)
 app.command(epilog=doctor.EPILOG)(doctor.doctor)
 app.command(epilog=plan.EPILOG)(plan.plan)
 app.add_typer(config_commands.app)
+app.add_typer(ab.app)

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from modelcache.config.ab_crossing import look_at_ab
 from modelcache.config.document import Path, Tree
 from modelcache.config.schema import SimulatedSettings
-from modelcache.config.values import Absolute, Scalar, read_optional_budget, read_path, read_size
+from modelcache.config.values import Absolute, Scalar, read_optional_budget, read_path, read_size, word
 from modelcache.spec import LOADER_KINDS, did_you_mean, is_entry, option_problems
 from modelcache.units import format_bytes, parse_bytes
 
@@ -53,6 +54,7 @@ class Crossing:
             if isinstance(model, dict):
                 self._options(("models", name), model)
                 self._contain(("models", name), model, roots)
+        look_at_ab(self.tree, dict(_items(self.tree.get("models"))), self.report)
         self._budgets()
         self._too_large()
         self._unused()
@@ -203,13 +205,6 @@ class Crossing:
         if word(self.tree.get("image_dir")) is not None and word(budgets.get("disk")) in {None, "none"}:
             message = "not used without budgets.disk; set that as well, to 100GiB or the like"
             self.report(("image_dir",), message, at_key=True, severity="warning")
-
-
-def word(value: object) -> str | None:
-    """The text of a value; `None` where there is none."""
-    if isinstance(value, Scalar):
-        return None if value.is_empty else value.text
-    return value if isinstance(value, str) else None
 
 
 def _items(value: object) -> tuple[tuple[str, Tree], ...]:

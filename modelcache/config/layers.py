@@ -13,7 +13,8 @@ from typing import ClassVar
 from pydantic import BaseModel
 
 from modelcache.config.document import Path, Tree
-from modelcache.config.schema import Section, Settings
+from modelcache.config.fields import Section
+from modelcache.config.schema import Settings
 from modelcache.config.values import Scalar
 from modelcache.errors import Finding
 from modelcache.spec import did_you_mean
@@ -59,12 +60,14 @@ class Setting:
 
 
 def settings_paths() -> Iterator[tuple[str, ...]]:
-    """Every key that stands outside `models`, as a path."""
+    """Every key that stands outside `models` and `ab`, as a path."""
     for name, field in Settings.model_fields.items():
+        if name in {"models", "ab", "version"}:
+            continue
         section = _section(field.annotation)
         if section is not None:
             yield from ((name, inner) for inner in section.model_fields)
-        elif name not in {"models", "version"}:
+        else:
             yield (name,)
 
 

@@ -15,8 +15,10 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from modelcache.config.ab_settings import AbSettings, CompareSettings, ExperimentSettings, ScoreSettings, SliceSettings
 from modelcache.config.crossing import LOADER_OPTIONS, PATH_OPTIONS, Crossing
 from modelcache.config.document import MOST_FINDINGS, Document, Path, Place, Tree, parse, read_file, spell
+from modelcache.config.fields import Section
 from modelcache.config.layers import (
     Origin,
     Setting,
@@ -27,7 +29,7 @@ from modelcache.config.layers import (
     overlay,
     settings_paths,
 )
-from modelcache.config.schema import ModelSettings, Section, Settings
+from modelcache.config.schema import ModelSettings, Settings
 from modelcache.config.values import show, spell_value
 from modelcache.errors import ConfigError, Finding, WeightsError
 from modelcache.headers import model_files, weight_places
@@ -264,7 +266,23 @@ def _keys_under(above: Path) -> tuple[str, ...]:
         return tuple(Settings.model_fields)
     if above[0] == "models":
         return tuple(ModelSettings.model_fields)
+    if above[0] == "ab":
+        return tuple(_ab_section(above).model_fields)
     return tuple(path[1] for path in settings_paths() if len(path) == 2 and path[0] == above[0])
+
+
+def _ab_section(above: Path) -> type[Section]:
+    match above:
+        case ("ab", "compare", "scores", _):
+            return ScoreSettings
+        case ("ab", "compare"):
+            return CompareSettings
+        case ("ab", "experiments", _, "layer"):
+            return SliceSettings
+        case ("ab", "experiments", _):
+            return ExperimentSettings
+        case _:
+            return AbSettings
 
 
 def missing_files(found: Effective) -> Iterator[Finding]:

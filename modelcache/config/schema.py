@@ -8,89 +8,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    WithJsonSchema,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, WithJsonSchema
 
 from modelcache.config import values
-from modelcache.config.values import NOTHING, Auto, Scalar, Size
-from modelcache.spec import LOADER_KINDS, NAME_PATTERN, OnWrite, Priority
+from modelcache.config.ab_settings import AbSettings
+from modelcache.config.fields import (
+    DEVICE_JSON,
+    LOADER_JSON,
+    Budget,
+    Bytes,
+    Concurrency,
+    Count,
+    Flag,
+    Idle,
+    Name,
+    OptionalBudget,
+    PathText,
+    Rate,
+    Section,
+    Segment,
+    Text,
+    frozen,
+    no_null,
+    no_null_list,
+    words_json,
+)
+from modelcache.config.values import NOTHING, Auto
+from modelcache.spec import LOADER_KINDS, OnWrite, Priority
 from modelcache.tier import Tier
-
-_SIZE_PATTERN = r"^\s*[0-9]+(\.[0-9]+)?\s*([KMGT]i?)?B\s*$"
-_DURATION_PATTERN = r"^(never|([0-9]+(\.[0-9]+)?(ms|s|m|h|d))+)$"
-_PERCENT_PATTERN = r"^\s*[0-9]+(\.[0-9]+)?\s*%\s*$"
-_ENTRY_PATTERN = r"^[^\s:]+:[^\s:]+$"
 
 ROUNDINGS = ("exact", "512", "2MiB", "power_of_two")
 MEMORIES = ("allocated", "mapped")
-
-Json = dict[str, Any]
-
-
-def _text(pattern: str, *examples: str) -> Json:
-    return {"type": "string", "pattern": pattern, "examples": list(examples)}
-
-
-def _words(*words: str) -> Json:
-    return {"enum": list(words)}
-
-
-_SIZE_JSON = _text(_SIZE_PATTERN, "3GiB", "512MiB")
-_BUDGET_JSON: Json = {"anyOf": [_words("auto"), _text(_PERCENT_PATTERN, "80%"), _text(_SIZE_PATTERN, "20GiB")]}
-_OPTIONAL_BUDGET_JSON: Json = {"anyOf": [_words("none"), *_BUDGET_JSON["anyOf"]]}
-_COUNT_JSON: Json = {"type": "integer", "minimum": 1}
-_PATH_JSON: Json = {"type": "string", "minLength": 1}
-_LOADER_JSON: Json = {"anyOf": [_words(*LOADER_KINDS), _text(_ENTRY_PATTERN, "my_models:load")]}
-_DEVICE_JSON: Json = {"anyOf": [_words("auto", "simulated", "host_only"), _text(r"^cuda:[0-9]+$", "cuda:0")]}
-_NAME_JSON: Json = {"type": "string", "pattern": f"^{NAME_PATTERN}$"}
-
-
-def _no_null(value: object) -> object:
-    """A section with nothing under it is an empty section: all its keys may be comments."""
-    return {} if isinstance(value, Scalar) and value.is_empty else value
-
-
-def _no_null_list(value: object) -> object:
-    return () if isinstance(value, Scalar) and value.is_empty else value
-
-
-def _frozen(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    return MappingProxyType(dict(value))
-
-
-Budget = Annotated[Size, PlainValidator(values.read_budget), WithJsonSchema(_BUDGET_JSON)]
-OptionalBudget = Annotated[Size, PlainValidator(values.read_optional_budget), WithJsonSchema(_OPTIONAL_BUDGET_JSON)]
-Bytes = Annotated[int, PlainValidator(values.read_size), WithJsonSchema(_SIZE_JSON)]
-Segment = Annotated[int, PlainValidator(values.read_segment), WithJsonSchema(_SIZE_JSON)]
-Rate = Annotated[int, PlainValidator(values.read_rate), WithJsonSchema(_text(_SIZE_PATTERN[:-4] + r"/s\s*$", "8GB/s"))]
-Idle = Annotated[
-    float | None, PlainValidator(values.read_idle), WithJsonSchema(_text(_DURATION_PATTERN, "10m", "1m30s", "never"))
-]
-Flag = Annotated[bool, PlainValidator(values.read_flag), WithJsonSchema({"type": "boolean"})]
-Count = Annotated[int, PlainValidator(values.read_count), WithJsonSchema(_COUNT_JSON)]
-Concurrency = Annotated[
-    int,
-    PlainValidator(values.read_concurrency),
-    WithJsonSchema({"anyOf": [_words("unlimited"), _COUNT_JSON]}),
-]
-PathText = Annotated[str, PlainValidator(values.read_path), WithJsonSchema(_PATH_JSON)]
-Text = Annotated[str, PlainValidator(values.read_text), WithJsonSchema({"type": "string", "minLength": 1})]
-Name = Annotated[str, PlainValidator(values.read_name), WithJsonSchema(_NAME_JSON)]
-
-
-class Section(BaseModel):
-    """A group of keys. Unknown keys are refused; nothing changes after reading."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
 
 class BudgetSettings(Section):
@@ -135,30 +85,34 @@ class BudgetSettings(Section):
 class PolicySettings(Section):
     """What goes first, and when."""
 
-    evict: Annotated[str, PlainValidator(values.one_of("lru", "cost")), WithJsonSchema(_words("lru", "cost"))] = Field(
-        default="lru",
-        description='Which model gives up room first: "lru" (default, least recently used) or "cost" (age times size).',
+    evict: Annotated[str, PlainValidator(values.one_of("lru", "cost")), WithJsonSchema(words_json("lru", "cost"))] = (
+        Field(
+            default="lru",
+            description=(
+                'Which model gives up room first: "lru" (default, least recently used) or "cost" (age times size).'
+            ),
+        )
     )
     idle: Idle = Field(
         default=None,
         description='Park a model after this long without use: "10m", "1m30s", or "never" (default).',
     )
     when_full: Annotated[
-        str, PlainValidator(values.one_of("wait", "reject")), WithJsonSchema(_words("wait", "reject"))
+        str, PlainValidator(values.one_of("wait", "reject")), WithJsonSchema(words_json("wait", "reject"))
     ] = Field(
         default="wait",
         description='When every model that could make room is in use: "wait" (default) or "reject" at once.',
     )
-    pressure: Annotated[str, PlainValidator(values.one_of("off", "watch")), WithJsonSchema(_words("off", "watch"))] = (
-        Field(
-            default="off",
-            description=(
-                'When memory gets short while the cache runs: "off" (default), budgets stay as they are; or "watch": '
-                "the control group, stalls (PSI) and the device's other users are looked at each second, the budgets "
-                "of RAM and VRAM are lowered so that idle models give room, and raised again after a quiet while, "
-                "never above what was configured."
-            ),
-        )
+    pressure: Annotated[
+        str, PlainValidator(values.one_of("off", "watch")), WithJsonSchema(words_json("off", "watch"))
+    ] = Field(
+        default="off",
+        description=(
+            'When memory gets short while the cache runs: "off" (default), budgets stay as they are; or "watch": '
+            "the control group, stalls (PSI) and the device's other users are looked at each second, the budgets "
+            "of RAM and VRAM are lowered so that idle models give room, and raised again after a quiet while, "
+            "never above what was configured."
+        ),
     )
 
 
@@ -167,7 +121,7 @@ class SimulatedSettings(Section):
 
     capacity: Bytes = Field(default=8 << 30, description='Memory of the device, a size. Default "8GiB".')
     link: Rate = Field(default=8_000_000_000, description='Speed of the link to it, bytes per second. Default "8GB/s".')
-    rounding: Annotated[str, PlainValidator(values.one_of(*ROUNDINGS)), WithJsonSchema(_words(*ROUNDINGS))] = Field(
+    rounding: Annotated[str, PlainValidator(values.one_of(*ROUNDINGS)), WithJsonSchema(words_json(*ROUNDINGS))] = Field(
         default="exact",
         description=(
             'What its allocator takes for a request: "exact" (default), "512" or "2MiB" (the next multiple), or '
@@ -179,7 +133,7 @@ class SimulatedSettings(Section):
 class ModelSettings(Section):
     """One model: how it is loaded, and how it is kept."""
 
-    loader: Annotated[str, PlainValidator(values.read_loader), WithJsonSchema(_LOADER_JSON)] = Field(
+    loader: Annotated[str, PlainValidator(values.read_loader), WithJsonSchema(LOADER_JSON)] = Field(
         description=(
             f'{", ".join(LOADER_KINDS)}, or "package.module:function": your own, imported when first used. Required.'
         ),
@@ -205,7 +159,7 @@ class ModelSettings(Section):
             'For transformers: build a pipeline for this task, such as "text-generation". Default: the bare model.'
         ),
     )
-    dtype: Annotated[str | None, PlainValidator(values.read_dtype), WithJsonSchema(_words(*values.DTYPES))] = Field(
+    dtype: Annotated[str | None, PlainValidator(values.read_dtype), WithJsonSchema(words_json(*values.DTYPES))] = Field(
         default=None,
         description=f"Type of the weights: {', '.join(values.DTYPES)}. Default: as the loader decides.",
     )
@@ -224,7 +178,7 @@ class ModelSettings(Section):
     pin: Annotated[
         Tier | None,
         PlainValidator(values.member_of((Tier.VRAM, Tier.RAM))),
-        WithJsonSchema(_words("vram", "ram")),
+        WithJsonSchema(words_json("vram", "ram")),
     ] = Field(
         default=None,
         description='Never give it up from this tier: "vram" or "ram". Default: not pinned.',
@@ -232,7 +186,7 @@ class ModelSettings(Section):
     priority: Annotated[
         Priority,
         PlainValidator(values.member_of(tuple(Priority))),
-        WithJsonSchema(_words(*map(str, Priority))),
+        WithJsonSchema(words_json(*map(str, Priority))),
     ] = Field(
         default=Priority.NORMAL,
         description='"low" copies go before "normal" (default), those before "high".',
@@ -252,7 +206,7 @@ class ModelSettings(Section):
     on_write: Annotated[
         OnWrite,
         PlainValidator(values.member_of(tuple(OnWrite))),
-        WithJsonSchema(_words(*map(str, OnWrite))),
+        WithJsonSchema(words_json(*map(str, OnWrite))),
     ] = Field(
         default=OnWrite.WRITEBACK,
         description=(
@@ -268,14 +222,14 @@ class Settings(Section):
     version: Annotated[int, PlainValidator(values.read_version), WithJsonSchema({"const": 1})] = Field(
         default=1, description="Version of this format. Default 1."
     )
-    device: Annotated[str, PlainValidator(values.read_device), WithJsonSchema(_DEVICE_JSON)] = Field(
+    device: Annotated[str, PlainValidator(values.read_device), WithJsonSchema(DEVICE_JSON)] = Field(
         default="auto",
         description=(
             "Where models run: cuda:N, simulated (no GPU needed), host_only (RAM is the top tier), or auto (default): "
             "cuda:0 if there is one, host_only if not."
         ),
     )
-    memory: Annotated[str, PlainValidator(values.one_of(*MEMORIES)), WithJsonSchema(_words(*MEMORIES))] = Field(
+    memory: Annotated[str, PlainValidator(values.one_of(*MEMORIES)), WithJsonSchema(words_json(*MEMORIES))] = Field(
         default="allocated",
         description=(
             'How models get memory of the device: "allocated" (default) anew each time, or "mapped" below addresses '
@@ -283,16 +237,16 @@ class Settings(Section):
             "cuda-bindings. On a host-only machine it is not used."
         ),
     )
-    budgets: Annotated[BudgetSettings, BeforeValidator(_no_null)] = Field(
+    budgets: Annotated[BudgetSettings, BeforeValidator(no_null)] = Field(
         default_factory=BudgetSettings, description="Bytes each tier may hold."
     )
-    policy: Annotated[PolicySettings, BeforeValidator(_no_null)] = Field(
+    policy: Annotated[PolicySettings, BeforeValidator(no_null)] = Field(
         default_factory=PolicySettings, description="Which models give up room, and when."
     )
-    preload: Annotated[tuple[Name, ...], BeforeValidator(_no_null_list)] = Field(
+    preload: Annotated[tuple[Name, ...], BeforeValidator(no_null_list)] = Field(
         default=(), description="Models to bring up at start, in this order. Default: none."
     )
-    roots: Annotated[tuple[PathText, ...], BeforeValidator(_no_null_list)] = Field(
+    roots: Annotated[tuple[PathText, ...], BeforeValidator(no_null_list)] = Field(
         default=(),
         description=(
             "Folders that models may be read from, beside the folder of this file. Relative to this file. "
@@ -317,9 +271,12 @@ class Settings(Section):
         default=True,
         description="Show a bar for loads and moves of more than 2 s, on a terminal or in a notebook. Default true.",
     )
-    simulated: Annotated[SimulatedSettings, BeforeValidator(_no_null)] = Field(
+    simulated: Annotated[SimulatedSettings, BeforeValidator(no_null)] = Field(
         default_factory=SimulatedSettings, description="The simulated device; read with device: simulated."
     )
-    models: Annotated[Mapping[Name, ModelSettings], BeforeValidator(_no_null), AfterValidator(_frozen)] = Field(
+    models: Annotated[Mapping[Name, ModelSettings], BeforeValidator(no_null), AfterValidator(frozen)] = Field(
         default_factory=lambda: MappingProxyType({}), description="The models, by name."
+    )
+    ab: Annotated[AbSettings, BeforeValidator(no_null)] = Field(
+        default_factory=AbSettings, description="Comparisons and experiments, see modelcache.ab. Default: none."
     )

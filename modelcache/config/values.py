@@ -14,7 +14,7 @@ from pathlib import PurePath
 from typing import TypeVar
 
 from modelcache import units
-from modelcache.spec import check_loader, check_name, did_you_mean
+from modelcache.spec import check_loader, check_name, did_you_mean, is_entry
 
 E = TypeVar("E", bound=Enum)
 
@@ -23,6 +23,7 @@ _LOOSE_FLAGS = {"true": True, "1": True, "yes": True, "on": True, "false": False
 _NO_NUMBER = re.compile(r"[-+]?\.?(?:nan|inf)", re.ASCII | re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?", re.ASCII | re.IGNORECASE)
 _COUNT = re.compile(r"[1-9]\d{0,8}", re.ASCII)
+_ZERO_PERCENT = re.compile(r"\s*0+(\.0+)?\s*%\s*", re.ASCII)
 _DEVICE = re.compile(r"cuda:(?:0|[1-9]\d{0,2})", re.ASCII)
 _DEVICES = ("auto", "cuda:0", "simulated", "host_only")
 _DEVICE_NICKNAMES = {"cuda": "cuda:0", "gpu": "cuda:0", "cpu": "host_only", "sim": "simulated", "sim:0": "simulated"}
@@ -123,7 +124,7 @@ def show(value: object) -> str:
     return str(value) if isinstance(value, bool) else f"an object of type {type(value).__name__}"
 
 
-def _text(value: object) -> str | None:
+def word(value: object) -> str | None:
     """The text that was written, or `None` where there is none."""
     if isinstance(value, Scalar):
         return None if value.is_empty else value.text
@@ -143,7 +144,7 @@ def _refusal(what: str, value: object) -> ValueError:
 
 def read_size(value: object) -> int:
     """Bytes, from ``"3GiB"``, or from an int in Python, where it means bytes."""
-    text = _text(value)
+    text = word(value)
     if text is not None and _NO_NUMBER.fullmatch(text) is None:
         return units.parse_bytes(text)
     integer = _integer(value)
@@ -172,7 +173,7 @@ def read_budget(value: object) -> Size:
         if integer < _SMALLEST_BUDGET_BYTES:
             raise ValueError(f'{integer} bytes is smaller than any model; add a unit: "{integer}GiB"')
         return Absolute(integer, f"{integer}B")
-    text = _text(value)
+    text = word(value)
     if text is None or _NO_NUMBER.fullmatch(text):
         hint = f'; write "{value:.0%}"' if isinstance(value, float) and 0 < value <= 1 else ""
         raise ValueError(f"{_refusal(what, value)}{hint}")
@@ -188,12 +189,12 @@ def read_budget(value: object) -> Size:
 
 def read_optional_budget(value: object) -> Size:
     """As `read_budget`, or ``"none"`` (in Python also 0): nothing of this kind is used."""
-    return NOTHING if _text(value) == "none" or _integer(value) == 0 else read_budget(value)
+    return NOTHING if word(value) == "none" or _integer(value) == 0 else read_budget(value)
 
 
 def read_rate(value: object) -> int:
     """Bytes per second, from ``"8GB/s"``; an int in Python means bytes per second."""
-    text = _text(value)
+    text = word(value)
     if text is not None:
         return units.parse_rate(text)
     integer = _integer(value)
@@ -204,7 +205,7 @@ def read_rate(value: object) -> int:
 
 def read_idle(value: object) -> float | None:
     """Seconds, from ``"10m"``; ``"never"`` is `None`. A number in Python means seconds."""
-    text = _text(value)
+    text = word(value)
     if text is not None:
         seconds = units.parse_duration(text)
         if seconds == 0:
@@ -237,9 +238,50 @@ def read_count(value: object) -> int:
     return integer
 
 
+def read_seed(value: object) -> int:
+    """A whole number, 0 or more."""
+    if value == 0 or (isinstance(value, Scalar) and value.text == "0" and not value.quoted):
+        return 0
+    try:
+        return read_count(value)
+    except ValueError:
+        raise _refusal("a whole number, 0 or more", value) from None
+
+
+def read_fraction(value: object) -> float:
+    """A share of a whole, from ``"50%"``, ``"0%"`` included; a number in Python is a fraction of 1."""
+    text = word(value)
+    if text is not None and _ZERO_PERCENT.fullmatch(text):
+        return 0.0
+    fraction = units.parse_percent(text) if text is not None else None
+    if fraction is None and isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1:
+        fraction = float(value)
+    if fraction is None:
+        raise _refusal('a share such as "50%"', value)
+    return fraction
+
+
+def read_amount(value: object) -> float:
+    """A number above 0."""
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    if isinstance(value, Scalar) and not value.quoted and _NUMBER.fullmatch(value.text):
+        number = float(value.text)
+    if number is None or not 0 < number < float("inf"):
+        raise _refusal("a number above 0", value)
+    return float(number)
+
+
+def read_entry(value: object) -> str:
+    """``"package.module:function"``. Nothing is imported."""
+    text = word(value)
+    if text is None or not is_entry(text):
+        raise _refusal('a function, "package.module:function"', value)
+    return text
+
+
 def read_concurrency(value: object) -> int:
     """Leases at a time; 0 stands for ``"unlimited"``."""
-    if _text(value) == "unlimited":
+    if word(value) == "unlimited":
         return 0
     try:
         return read_count(value)
@@ -256,7 +298,7 @@ def read_version(value: object) -> int:
 
 def read_text(value: object) -> str:
     """Some text without control characters."""
-    text = _text(value)
+    text = word(value)
     if text is None or not text.strip():
         raise _refusal("text", value)
     if len(text) > _LARGEST_TEXT or not text.isprintable():
@@ -268,7 +310,7 @@ def read_path(value: object) -> str:
     """A path as written; `layers.py` resolves it against the folder of the file."""
     if isinstance(value, PurePath):
         value = str(value)
-    text = _text(value)
+    text = word(value)
     if text is None or not text.strip():
         raise _refusal("a path", value)
     text = read_text(value)
@@ -281,7 +323,7 @@ def read_path(value: object) -> str:
 
 def read_name(value: object) -> str:
     """A model's name."""
-    text = _text(value)
+    text = word(value)
     if text is None:
         raise _refusal("a model's name", value)
     return check_name(text)
@@ -289,7 +331,7 @@ def read_name(value: object) -> str:
 
 def read_loader(value: object) -> str:
     """A named loader or ``"package.module:function"``. Nothing is imported."""
-    text = _text(value)
+    text = word(value)
     if text is None:
         raise _refusal('the name of a loader, or "package.module:function"', value)
     return check_loader(text)
@@ -297,7 +339,7 @@ def read_loader(value: object) -> str:
 
 def read_device(value: object) -> str:
     """``auto``, ``cuda:N``, ``simulated`` or ``host_only``."""
-    text = _text(value)
+    text = word(value)
     if text is not None and (text in _DEVICES or _DEVICE.fullmatch(text)):
         return text
     raise _choice_refusal("auto, cuda:N (such as cuda:0), simulated or host_only", value, _DEVICES, _DEVICE_NICKNAMES)
@@ -305,7 +347,7 @@ def read_device(value: object) -> str:
 
 def read_dtype(value: object) -> str:
     """The name of a floating point type, or ``auto``."""
-    text = _text(value)
+    text = word(value)
     if text in DTYPES:
         return text
     raise _choice_refusal(_listed(DTYPES), value, DTYPES, _DTYPE_NICKNAMES)
@@ -315,7 +357,7 @@ def one_of(*words: str) -> Callable[[object], str]:
     """A reader of one of these words."""
 
     def read(value: object) -> str:
-        text = _text(value)
+        text = word(value)
         if text in words:
             return text
         raise _choice_refusal(_listed(words), value, words, {})
@@ -334,7 +376,7 @@ def write_bytes(size_bytes: int) -> str:
 def spell_value(path: Sequence[str | int], value: object) -> str | None:
     """A value that was read, as a file would say it; `None` where nothing is set."""
     key = path[-1] if path else ""
-    if key == "idle":
+    if key in {"idle", "max_time"}:
         return "never" if value is None else _spell_seconds(value)
     if value is None:
         return None
@@ -372,7 +414,7 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def _choice_refusal(what: str, value: object, words: Sequence[str], nicknames: Mapping[str, str]) -> ValueError:
-    text = _text(value)
+    text = word(value)
     if text is None:
         return _refusal(what, value)
     nickname = nicknames.get(text.lower())

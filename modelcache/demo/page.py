@@ -7,34 +7,18 @@ from html import escape
 from pathlib import Path
 
 from modelcache import format_bytes, format_seconds
-from modelcache.demo.palette import style_sheet
 from modelcache.demo.records import Budgets, Check, Outcome, Rescue, Title
 from modelcache.demo.report import FINE_PRINT, comparison
 from modelcache.demo.timeline import timeline
 from modelcache.demo.variants import Workload
+from modelcache.page_style import style_sheet
 
 _STYLE = """
-*{box-sizing:border-box}
-:root{--bg:#fff;--fg:#1d2129;--dim:#667085;--line:#d8dce3;--soft:#f3f5f8;--good:#1f8a5b;--bad:#c4352b}
-@media (prefers-color-scheme:dark){:root{--bg:#14171c;--fg:#e6e9ee;--dim:#98a2b3;--line:#333a45;--soft:#1d2229;
---good:#4cc38a;--bad:#ff7a70}}
-body{background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:1180px;
-padding:28px 20px 60px}
-h1{font-size:24px;margin:0 0 4px}h2{font-size:18px;margin:36px 0 8px}p{margin:6px 0;max-width:110ch}
-.dim{color:var(--dim)}code,pre{font:13px/1.45 ui-monospace,monospace}
-pre{background:var(--soft);border:1px solid var(--line);border-radius:6px;padding:8px 12px;margin:6px 0;
-white-space:pre-wrap;overflow-wrap:anywhere}
-table{border-collapse:collapse;margin:8px 0;width:100%}th,td{padding:5px 12px 5px 0;text-align:left;
-border-bottom:1px solid var(--line);vertical-align:top}th{font-weight:600}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
-.good{color:var(--good);font-weight:700}.bad{color:var(--bad);font-weight:700}
 .bar{height:14px;border-radius:3px;background:var(--m0);min-width:2px}
-.scroll{overflow-x:auto}svg{display:block;width:100%;min-width:760px;height:auto}
+svg{display:block;width:100%;min-width:760px;height:auto}
 svg text{fill:var(--dim);font:12px system-ui,sans-serif}svg text.name{fill:var(--fg);font-weight:600}
 svg .axis{stroke:var(--line)}svg .budget{stroke:var(--bad);stroke-dasharray:5 4}
 svg .pale{opacity:.35}svg .piece:hover,svg .area:hover{opacity:.7}
-.key{display:flex;flex-wrap:wrap;gap:4px 18px;margin:8px 0}.key span::before{content:"";display:inline-block;width:12px;
-height:12px;border-radius:3px;margin-right:6px;vertical-align:-1px;background:var(--c)}
 #tip{position:fixed;pointer-events:none;background:var(--fg);color:var(--bg);font-size:13px;padding:4px 8px;
 border-radius:5px;max-width:360px;display:none;z-index:2}
 """

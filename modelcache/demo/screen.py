@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from modelcache import format_bytes
-from modelcache.demo.palette import terminal_colour
+from modelcache.page_style import terminal_colour
 
 if TYPE_CHECKING:
     from modelcache import CacheStats

@@ -39,7 +39,7 @@ def test_a_broken_file_ends_with_2_and_one_line_a_problem(run, tmp_path) -> None
         "models.yaml:3:9: error: budgets.vram: unknown unit 'Gb' (gigabits?); use GB or GiB, e.g. \"16GiB\"",
         (
             "models.yaml:4:1: error: unknown key 'buget'; did you mean 'budgets'? known keys: version, device, memory, "
-            "budgets, policy, preload, roots, image_dir, segment, max_waiters, lease_sites, progress, simulated, models"
+            "budgets, policy, preload, roots, image_dir, segment, max_waiters, lease_sites, progress, simulated, models, ab"
         ),
     ]
     assert result.stderr == "models.yaml: problems found: 2\n"

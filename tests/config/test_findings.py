@@ -70,7 +70,7 @@ GOLDEN: dict[str, tuple[str, list[str]]] = {
     "unknown key": (
         "buget:\n  vram: 1GiB\n",
         [
-            "modelcache.yaml:1:1: unknown key 'buget'; did you mean 'budgets'? known keys: version, device, memory, budgets, policy, preload, roots, image_dir, segment, max_waiters, lease_sites, progress, simulated, models",
+            "modelcache.yaml:1:1: unknown key 'buget'; did you mean 'budgets'? known keys: version, device, memory, budgets, policy, preload, roots, image_dir, segment, max_waiters, lease_sites, progress, simulated, models, ab",
         ],
     ),
     "unknown key in a section": (

@@ -1,0 +1,191 @@
+"""The online split: gives each unit its arm's model, and logs who was served, from which tier, and how it went."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from os import PathLike
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from modelcache import ModelCache
+from modelcache.ab.assignment import Assignment, Layer, Split, Why, mask
+from modelcache.ab.inputs import InputError
+
+FORMAT = "modelcache-ab-exposure"
+
+
+@dataclass(slots=True)
+class Serving:
+    """One unit being served.
+
+    Attributes:
+        arm: Its arm; `why` says why.
+        why: Only ``assigned`` units count in an analysis.
+        model: The raw model, held in place for the block.
+        tier: Where the model was found: ``vram``, ``ram`` or ``disk``.
+        wait_s: How long it took until it was usable.
+        metrics: What was recorded.
+    """
+
+    arm: str
+    why: Why
+    model: Any
+    tier: str
+    wait_s: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def record(self, **metrics: float) -> None:
+        """Keep figures of this call for the log.
+
+        Raises:
+            InputError: One is not a finite number.
+        """
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise InputError(
+                    f"{name!r} is {value}, but a metric is a finite number; leave it out where there is none"
+                )
+            self.metrics[name] = float(value)
+
+
+class Experiment:
+    """Splits traffic between models of one cache.
+
+    ``with experiment.serve(cache, user) as serving: serving.model(...)`` gives a user its arm's model and, at the end,
+    appends a line to the log. The arms' models are ordinary registered models: pin them where they must stay together.
+
+    Args:
+        name: Another name shares out anew.
+        arms: Arm -> weight, adding up to 1; the first is the control.
+        models: Arm -> the name its model is registered under; arms that are not in it are called like their model.
+        share: Of all units, how many take part; raise it to ramp up.
+        layer: Experiments of one layer with slices apart never share a unit.
+        overrides: Unit -> arm, for testers; they do not count.
+        is_on: The kill switch: `False` sends everybody to the control.
+        log: Where exposures are appended, JSON lines, one write each: several processes may share it, and a log may be
+            renamed away under them. Units are masked. `None` logs nothing.
+        now: Wall time, for the log.
+        clock: In seconds.
+
+    Raises:
+        InputError: Weights that do not add up, a share out of range, an unknown arm.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arms: Mapping[str, float],
+        *,
+        models: Mapping[str, str] | None = None,
+        share: float = 1.0,
+        layer: Layer | None = None,
+        overrides: Mapping[str, str] | None = None,
+        is_on: bool = True,
+        log: str | PathLike[str] | None = None,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        clock: Callable[[], float] = perf_counter,
+    ) -> None:
+        self.split = Split(name, dict(arms), share, layer, dict(overrides or {}), is_on)
+        strange = sorted(set(models or {}) - set(arms))
+        if strange:
+            raise InputError(f"experiment {name!r}: models names the arm {strange[0]!r}, but there are {list(arms)!r}")
+        self.models = {arm: (models or {}).get(arm, arm) for arm in arms}
+        self._log = None if log is None else Path(log)
+        self._now = now
+        self._clock = clock
+
+    @property
+    def name(self) -> str:
+        """Of the experiment."""
+        return self.split.name
+
+    def assign(self, unit: str) -> Assignment:
+        """The arm of a unit, without serving or logging anything."""
+        return self.split.assign(unit)
+
+    @contextmanager
+    def serve(
+        self, cache: ModelCache, unit: str, *, timeout: float | None = None, request: str = ""
+    ) -> Generator[Serving]:
+        """Serve one unit with its arm's model, held for the block, and log it at the end, also if the block raises.
+
+        Args:
+            cache: Has the models.
+            unit: Who is served; sticks to its arm.
+            timeout: Seconds to wait for the model.
+            request: Goes into the log as it is.
+        """
+        serving, start_s = self._begin(cache, unit)
+        try:
+            with cache.get(self.models[serving.arm], timeout=timeout) as serving.model:
+                serving.wait_s = self._clock() - start_s
+                yield serving
+        except BaseException as error:
+            self._write(serving, unit, request, start_s, error)
+            raise
+        finally:
+            serving.model = None
+        self._write(serving, unit, request, start_s, None)
+
+    @asynccontextmanager
+    async def aserve(
+        self,
+        cache: ModelCache,
+        unit: str,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 - it is the cache's own.
+        request: str = "",
+    ) -> AsyncGenerator[Serving]:
+        """The same for tasks: ``async with``."""
+        serving, start_s = self._begin(cache, unit)
+        try:
+            async with cache.aget(self.models[serving.arm], timeout=timeout) as serving.model:
+                serving.wait_s = self._clock() - start_s
+                yield serving
+        except BaseException as error:
+            self._write(serving, unit, request, start_s, error)
+            raise
+        finally:
+            serving.model = None
+        self._write(serving, unit, request, start_s, None)
+
+    def _begin(self, cache: ModelCache, unit: str) -> tuple[Serving, float]:
+        given = self.assign(unit)
+        tier = str(cache.info(self.models[given.arm]).tier)
+        return Serving(given.arm, given.why, None, tier, 0.0), self._clock()
+
+    def _write(self, serving: Serving, unit: str, request: str, start_s: float, error: BaseException | None) -> None:
+        if self._log is None or serving.why not in (Why.ASSIGNED, Why.OVERRIDE):
+            return
+        line = {
+            "format": FORMAT,
+            "at": self._now().isoformat(timespec="milliseconds"),
+            "experiment": self.name,
+            "arm": serving.arm,
+            "weights": dict(self.split.weights),
+            "share": self.split.share,
+            "why": str(serving.why),
+            "unit": mask(self.name, unit),
+            "request": request,
+            "model": self.models[serving.arm],
+            "tier": serving.tier,
+            "wait_s": serving.wait_s,
+            "seconds": self._clock() - start_s,
+            "metrics": serving.metrics,
+            "error": "" if error is None else type(error).__name__,
+        }
+        text = json.dumps(line, allow_nan=False) + "\n"
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        # One write to a file opened for appending: lines of several threads and processes do not mix.
+        descriptor = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, text.encode())
+        finally:
+            os.close(descriptor)

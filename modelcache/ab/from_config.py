@@ -1,0 +1,98 @@
+"""Comparisons and experiments as the section `ab` of a configuration describes them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from modelcache import Effective, ModelCache, load_config
+from modelcache.ab.assignment import Layer
+from modelcache.ab.compare import compare
+from modelcache.ab.comparison import Comparison
+from modelcache.ab.experiment import Experiment
+from modelcache.ab.inputs import InputError
+from modelcache.ab.metrics import Metric
+
+
+def compare_from_config(
+    cache: ModelCache,
+    found: Effective | str | PathLike[str],
+    *,
+    on_progress: Callable[[str], object] = lambda _line: None,
+) -> Comparison:
+    """Run the comparison of a configuration.
+
+    Args:
+        cache: Has the models.
+        found: The configuration, or its file.
+        on_progress: Called with a line now and then.
+
+    Raises:
+        ConfigError: The file has problems.
+        InputError: It describes no comparison, or one of its functions or its items are not there.
+    """
+    found = found if isinstance(found, Effective) else load_config(str(found))
+    asked = found.settings.ab.compare
+    where = found.path or "the configuration"
+    if asked is None:
+        raise InputError("there is no 'ab.compare' to run; say there what to compare", where)
+    scores = [
+        Metric(name, _function(score.measure, where), score.better, score.scale, score.margin)  # type: ignore[arg-type]
+        for name, score in asked.scores.items()
+    ]
+    folder = Path(found.folder)
+    return compare(
+        cache,
+        asked.arms,
+        folder / asked.items,
+        run=_function(asked.run, where),
+        score=scores,
+        repeats=asked.repeats,
+        seed=asked.seed,
+        latency_margin=asked.latency_margin,
+        stop_early=asked.stop_early,
+        max_items=asked.max_items,
+        max_seconds=asked.max_time,
+        allow_disk=asked.allow_disk,
+        log=None if asked.log is None else folder / asked.log,
+        on_progress=on_progress,
+    )
+
+
+def experiments_from_config(found: Effective | str | PathLike[str]) -> dict[str, Experiment]:
+    """The experiments of a configuration, by name; their models are those of the same configuration.
+
+    Raises:
+        ConfigError: The file has problems.
+    """
+    found = found if isinstance(found, Effective) else load_config(str(found))
+    folder = Path(found.folder)
+    return {
+        name: Experiment(
+            name,
+            asked.arms,
+            share=asked.share,
+            layer=None if asked.layer is None else Layer(asked.layer.name, asked.layer.start, asked.layer.end),
+            overrides=asked.overrides,
+            is_on=asked.is_on,
+            log=None if asked.log is None else folder / asked.log,
+        )
+        for name, asked in found.settings.ab.experiments.items()
+    }
+
+
+def _function(entry: str, where: str) -> Callable[..., Any]:
+    module, _, path = entry.partition(":")
+    try:
+        value: Any = importlib.import_module(module)
+        for name in path.split("."):
+            value = getattr(value, name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{entry!r} cannot be had ({error}); is its folder on PYTHONPATH?", where) from error
+    if not callable(value):
+        raise InputError(f"{entry!r} is not a function, but {value!r:.80}", where)
+    function: Callable[..., Any] = value
+    return function

@@ -1,0 +1,125 @@
+"""What is compared on: items from a list, JSONL or CSV; and the error of bad input."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from modelcache import ModelCacheError
+
+
+class InputError(ModelCacheError, ValueError):
+    """What a comparison or an experiment was given cannot be used; the message says where, what and how to mend it.
+
+    Attributes:
+        problem: What was found, and the fix.
+        path: The file; empty for an argument.
+        line: Counts from 1; `None` where it is not one line.
+    """
+
+    def __init__(self, problem: str, path: str = "", line: int | None = None) -> None:
+        super().__init__(problem, path, line)
+        self.problem = problem
+        self.path = path
+        self.line = line
+
+    def __str__(self) -> str:
+        place = ":".join(str(part) for part in (self.path, self.line) if part not in ("", None))
+        return f"{place}: {self.problem}" if place else self.problem
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """What is compared on, in order.
+
+    Attributes:
+        values: The items.
+        path: The file they are from; empty for a list.
+        lines: The line of each item, if they are from a file.
+    """
+
+    values: tuple[Any, ...]
+    path: str = ""
+    lines: tuple[int, ...] = ()
+
+    def place(self, index: int) -> str:
+        """Where an item is from, for messages."""
+        return f"{self.path}:{self.lines[index]}" if self.path else f"item {index}"
+
+    @property
+    def digest(self) -> str:
+        """A name for these very items, in this order: a run is only taken up again with the same ones."""
+        hashed = hashlib.sha256()
+        for value in self.values:
+            # Items of a type that JSON does not know count as their type: their text may hold an address.
+            text = json.dumps(value, sort_keys=True, default=lambda other: f"<{type(other).__qualname__}>")
+            hashed.update(text.encode("utf-8", "surrogatepass") + b"\n")
+        return hashed.hexdigest()
+
+
+def read_items(items: Iterable[Any] | str | PathLike[str]) -> Items:
+    """The items of a list, or of a file.
+
+    Args:
+        items: Anything iterable, or the path of a ``.jsonl`` file (one JSON value a line) or a ``.csv`` file (a
+            heading, then one item a line, as a dictionary of strings).
+
+    Raises:
+        InputError: No items, one only, another kind of file, or a line that cannot be read.
+    """
+    if isinstance(items, (str, PathLike)):
+        path = Path(items)
+        readers = {".jsonl": _jsonl, ".csv": _csv}
+        if path.suffix.lower() not in readers:
+            raise InputError(f"items are read from .jsonl or .csv files, not from {path.name!r}", str(path))
+        if not path.is_file():
+            raise InputError("there is no such file of items; give an existing one, or a list", str(path))
+        numbered = list(readers[path.suffix.lower()](path))
+        found = Items(tuple(item for _, item in numbered), str(path), tuple(line for line, _ in numbered))
+    else:
+        found = Items(tuple(items))
+    if len(found.values) < 2:
+        count = "one item" if found.values else "no items"
+        raise InputError(f"{count}: a comparison needs two at the least, and some thirty to tell much", found.path)
+    return found
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Line numbers and lines that are not empty."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, line
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in json_lines(path):
+        try:
+            yield number, json.loads(line)
+        except ValueError as error:
+            raise InputError(f"this line is not JSON ({error}); each line is one item", str(path), number) from None
+
+
+def _csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    given = sum(value is not None for key, value in row.items() if key is not None)
+                    given += len(row.get(None) or ())
+                    expected = len(reader.fieldnames or ())
+                    raise InputError(
+                        f"this line has {given} cells, the heading has {expected}; quote cells that hold commas",
+                        str(path),
+                        reader.line_num,
+                    )
+                yield reader.line_num, row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise InputError(f"this line is not CSV in UTF-8 ({error})", str(path), reader.line_num) from None

@@ -1,0 +1,249 @@
+"""The run's own record: JSON lines, from which a run is taken up again and a report is made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, TextIO
+
+from modelcache import __version__
+from modelcache.ab.arms import Arm
+from modelcache.ab.inputs import InputError, json_lines
+from modelcache.ab.metrics import Metric
+
+FORMAT = "modelcache-ab-run"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run is: everything that must be the same for it to be taken up again.
+
+    Attributes:
+        arms: The first is the baseline.
+        metrics: What is measured; the failures and times too.
+        primary: Names of the metrics that decide when enough is known.
+        num_items: There are, of which `items` is the digest.
+        repeats: Calls of each arm for each item.
+        seed: Of the order and the resampling.
+        groups: Models that were in place together.
+        num_pairs: Of blocks, if one was asked for.
+        max_items: At most so many are used.
+        stops_early: It is looked at all the while, and ends when the primary metrics are decided.
+        level: The chance of a wrong verdict that is accepted.
+        version: Of modelcache.
+    """
+
+    arms: tuple[Arm, ...]
+    metrics: tuple[Metric, ...]
+    primary: tuple[str, ...]
+    num_items: int
+    items: str
+    repeats: int
+    seed: int
+    groups: tuple[tuple[str, ...], ...]
+    num_pairs: int | None
+    max_items: int | None
+    stops_early: bool
+    level: float
+    least_switches: int
+    version: str = __version__
+
+    def as_json(self) -> dict[str, Any]:
+        """As the first line says it."""
+        found = {name: getattr(self, name) for name in Plan.__slots__}
+        found["arms"] = [{"name": a.name, "model": a.model, "settings": _plain(a.settings)} for a in self.arms]
+        found["metrics"] = [metric.as_json() for metric in self.metrics]
+        found["primary"] = list(self.primary)
+        found["groups"] = [list(group) for group in self.groups]
+        return found
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Plan:
+        """What `as_json` gave."""
+        return cls(
+            **{
+                **found,
+                "arms": tuple(Arm(a["name"], a["model"], a["settings"]) for a in found["arms"]),
+                "metrics": tuple(map(Metric.from_json, found["metrics"])),
+                "primary": tuple(found["primary"]),
+                "groups": tuple(tuple(group) for group in found["groups"]),
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One call.
+
+    Attributes:
+        arm: Its name.
+        item: Its index among the items.
+        repeat: The how-manieth time, from 0.
+        block: In which block.
+        pair: In which pair of blocks.
+        start_s: Since the run began, interruptions not counted.
+        seconds: Of each stage.
+        scores: By metric.
+        output: In words, cut.
+        error: What went wrong; empty if nothing.
+        is_warm_up: Not counted.
+    """
+
+    arm: str
+    item: int
+    repeat: int
+    block: int
+    pair: int
+    start_s: float
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
+    output: str = ""
+    error: str = ""
+    is_warm_up: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One model brought into place for a block.
+
+    Attributes:
+        model: Its name.
+        block: For which block; -1 for the first time, before any.
+        found: The tier it was on when it was asked for.
+        start_s: Since the run began.
+        seconds: Until it was usable.
+        moved: It was not in place when the last block began; it may have been prefetched since.
+        vram_bytes: What it holds there (of RAM, where that is the top tier).
+    """
+
+    model: str
+    block: int
+    found: str
+    start_s: float
+    seconds: float
+    moved: bool
+    vram_bytes: int
+
+
+Entry = Run | Arrival
+_KINDS: dict[str, type[Run | Arrival]] = {"run": Run, "arrival": Arrival}
+
+
+class Journal:
+    """Appends entries to a file, one line each, handed to the system at once; without a file only keeps them.
+
+    Raises:
+        InputError: The file is of another run, or has a line that is not of a run.
+    """
+
+    def __init__(self, plan: Plan, path: Path | None) -> None:
+        self.plan = plan
+        self.entries: list[Entry] = []
+        self._file: TextIO | None = None
+        if path is None:
+            return
+        if path.exists() and path.stat().st_size:
+            _drop_torn_line(path)
+        if path.exists() and path.stat().st_size:
+            found, self.entries = read_journal(path)
+            _require_same(found, plan, path)
+            self._file = path.open("a", encoding="utf-8")
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("w", encoding="utf-8")
+            self._write({"format": FORMAT, "plan": plan.as_json()})
+
+    def add(self, entry: Entry) -> None:
+        """Record one."""
+        self.entries.append(entry)
+        self._write({type(entry).__name__.lower(): asdict(entry)})
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+
+
+def read_journal(path: str | PathLike[str]) -> tuple[Plan, list[Entry]]:
+    """What a file of a run says.
+
+    Raises:
+        InputError: It is not one, or a line in it is foreign; a last line that a crash has torn is left out.
+    """
+    place = Path(path)
+    lines = list(json_lines(place))
+    if not lines:
+        raise InputError("this file is empty; it holds no run", str(place))
+    plan: Plan | None = None
+    entries: list[Entry] = []
+    for number, line in lines:
+        is_torn = number == lines[-1][0] and not line.endswith(b"\n")
+        try:
+            found = json.loads(line)
+            if plan is None:
+                _require_format(found["format"])
+                plan = Plan.from_json(found["plan"])
+            else:
+                ((kind, facts),) = found.items()
+                entries.append(_KINDS[kind](**facts))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if is_torn and plan is not None:
+                break
+            what = "the first line of a run" if plan is None else "a line of a run"
+            raise InputError(
+                f"this is not {what} ({error}); take the line out, or give another file", str(place), number
+            ) from None
+    assert plan is not None
+    return plan, entries
+
+
+def _require_format(found: object) -> None:
+    if found != FORMAT:
+        raise ValueError(f"its format is {found!r}, not {FORMAT!r}")
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off what a crash left of a last line: what it was for is done again."""
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole != len(data):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+
+
+def _require_same(found: Plan, plan: Plan, path: Path) -> None:
+    before, now = found.as_json(), json.loads(json.dumps(plan.as_json()))
+    for key in before:
+        if key not in ("groups", "least_switches", "version") and before[key] != now[key]:
+            raise InputError(
+                f"this run was made with other {key} ({_cut(before[key])}, now {_cut(now[key])}); give the same to "
+                "take it up again, or another file to begin anew",
+                str(path),
+                1,
+            )
+
+
+def _cut(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
+        for key, value in settings.items()
+    }
+
+
+def runs_of(entries: list[Entry]) -> Iterator[Run]:
+    """The calls that count."""
+    return (entry for entry in entries if isinstance(entry, Run) and not entry.is_warm_up)

@@ -1,0 +1,185 @@
+"""From differences to a verdict: better, worse, no worse than a stated margin, or cannot tell. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from modelcache.ab.metrics import Metric
+from modelcache.ab.statistics import (
+    Interval,
+    holm,
+    mean_interval,
+    sequence_interval,
+    sequence_margin_p,
+    sequence_p,
+    sign_flip_p,
+    smallest_detectable,
+)
+
+
+class Verdict(StrEnum):
+    """What may be said of an arm next to the baseline, for one metric."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    NO_WORSE = "no worse than the margin"
+    CANNOT_TELL = "cannot tell"
+
+
+@dataclass(frozen=True, slots=True)
+class Differences:
+    """What one arm showed less what the baseline showed, one number per independent unit.
+
+    Attributes:
+        metric: Of what; for a ratio, the numbers are differences of logarithms.
+        arm: The arm, `base` the baseline.
+        unit: What one number is: ``item``, or ``block`` where the arms did not fit together and ran in turns.
+        values: The differences, in the order in which they came.
+    """
+
+    metric: Metric
+    arm: str
+    base: str
+    unit: str
+    values: tuple[float, ...]
+
+    @property
+    def goodness(self) -> list[float]:
+        """The same with the sign turned so that more is better."""
+        return [self.metric.sign * value for value in self.values]
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """The verdict on one arm and one metric, with the numbers behind it.
+
+    Attributes:
+        differences: What it rests on.
+        mean: Of the differences, in the metric's unit; for a ratio a relative change (0.03 is 3 % more).
+        interval: Of it, for this comparison alone.
+        p: Of "no difference", for this comparison alone; `adjusted_p` is corrected for all comparisons (Holm).
+        margin_p: Of "worse by the margin or more", corrected likewise; `None` where no margin was stated.
+        detectable: The difference that so many units show four times out of five.
+        peeked: The figures hold however often they were looked at; if not, only at the number of items fixed before.
+    """
+
+    differences: Differences
+    mean: float
+    interval: Interval
+    p: float
+    adjusted_p: float
+    margin_p: float | None
+    detectable: float
+    peeked: bool
+    verdict: Verdict
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in words."""
+        metric, arm, base = self.differences.metric, self.differences.arm, self.differences.base
+        count = f"{len(self.differences.values)} {self.differences.unit}s"
+        figures = f"{metric.name} {metric.change(self.mean)}, {_percent(self.interval.confidence)} interval "
+        figures += f"{metric.change(self.interval.low)} to {metric.change(self.interval.high)}"
+        if self.verdict is Verdict.CANNOT_TELL:
+            return f"{arm} and {base} cannot be told apart on {count} ({figures})"
+        if self.verdict is Verdict.NO_WORSE:
+            assert metric.margin is not None
+            return f"{arm} is no worse than {base} by {metric.amount(metric.margin)} ({figures}, {count})"
+        return f"{arm} is {self.verdict} than {base} ({figures}, {count})"
+
+    def as_json(self) -> dict[str, object]:
+        """Everything, for programs; `None` for what is unbounded."""
+        return {
+            "metric": self.differences.metric.name,
+            "arm": self.differences.arm,
+            "baseline": self.differences.base,
+            "unit": self.differences.unit,
+            "differences": list(self.differences.values),
+            "mean": _finite(self.mean),
+            "interval": [_finite(self.interval.low), _finite(self.interval.high)],
+            "confidence": self.interval.confidence,
+            "p": self.p,
+            "adjusted_p": self.adjusted_p,
+            "margin": self.differences.metric.margin,
+            "margin_p": self.margin_p,
+            "detectable": _finite(self.detectable),
+            "holds_when_peeked_at": self.peeked,
+            "verdict": str(self.verdict),
+            "sentence": self.sentence,
+        }
+
+
+def judge(
+    found: Sequence[Differences], *, level: float = 0.05, peeked: bool = False, seed: int = 0
+) -> tuple[Judgement, ...]:
+    """Judge all comparisons of one run together, so that the chance of any wrong verdict among them is `level`.
+
+    Args:
+        found: One for each arm but the baseline and each metric.
+        level: The chance of a wrong verdict where the arms are the same.
+        peeked: Whether the number of differences depends on the differences: then only figures are used that hold
+            however often they are looked at.
+        seed: Of the resampling.
+    """
+    differing = holm([_p(one.values, peeked=peeked, seed=seed) for one in found])
+    with_margin = [one for one in found if one.metric.margin is not None]
+    margins = holm([_margin_p(one, peeked=peeked, seed=seed) for one in with_margin])
+    margin_p_of = {(one.arm, one.metric.name): p for one, p in zip(with_margin, margins, strict=True)}
+    return tuple(
+        _judgement(one, p, margin_p_of.get((one.arm, one.metric.name)), level=level, peeked=peeked, seed=seed)
+        for one, p in zip(found, differing, strict=True)
+    )
+
+
+def _judgement(
+    one: Differences, adjusted_p: float, margin_p: float | None, *, level: float, peeked: bool, seed: int
+) -> Judgement:
+    values, metric = one.values, one.metric
+    interval = (
+        sequence_interval(values, confidence=1 - level)
+        if peeked
+        else mean_interval(values, confidence=1 - level, seed=seed)
+    )
+    mean = math.fsum(values) / len(values) if values else math.nan
+    if adjusted_p <= level and metric.sign * mean > 0:
+        verdict = Verdict.BETTER
+    elif margin_p is not None and margin_p <= level:
+        verdict = Verdict.NO_WORSE
+    elif adjusted_p <= level:
+        verdict = Verdict.WORSE
+    else:
+        verdict = Verdict.CANNOT_TELL
+    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else math.nan
+    return Judgement(
+        one,
+        metric.relative(mean),
+        Interval(metric.relative(interval.low), metric.relative(interval.high), interval.confidence),
+        _p(values, peeked=peeked, seed=seed),
+        adjusted_p,
+        margin_p,
+        metric.relative(smallest_detectable(len(values), spread, level=level)),
+        peeked,
+        verdict,
+    )
+
+
+def _p(values: Sequence[float], *, peeked: bool, seed: int) -> float:
+    return sequence_p(values) if peeked else sign_flip_p(values, seed=seed)
+
+
+def _margin_p(one: Differences, *, peeked: bool, seed: int) -> float:
+    margin = one.metric.margin_on_scale
+    if peeked:
+        return sequence_margin_p(one.goodness, margin)
+    return sign_flip_p([value + margin for value in one.goodness], alternative="greater", seed=seed)
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:g} %"
