@@ -13,7 +13,6 @@ from os import PathLike
 from types import TracebackType
 from typing import Any, TypeVar
 
-from modelcache.core.cycles import name_of
 from modelcache.core.explain import Forecast, explain, forecast
 from modelcache.core.messages import (
     Pinned,
@@ -43,7 +42,7 @@ from modelcache.wiring import Parts, assemble, assemble_file, forked_away, read_
 
 _LOG = logging.getLogger("modelcache")
 F = TypeVar("F", bound=Callable[..., Any])
-#: How long somebody may wait while nothing moves before the cache no longer calls itself ready.
+#: How long somebody may wait while nothing gives a sign of life before the cache no longer calls itself ready.
 STALL_S = 10.0
 
 
@@ -152,6 +151,8 @@ class ModelCache:
                 vram_share=parts.vram_share,
             )
         self._close_lock = threading.Lock()
+        self._end_lock = threading.Lock()
+        self._is_given_up = False
         self._leaving: dict[str, MoveFuture] = {}
         forked_away(self._driver)
         atexit.register(self.close)
@@ -181,9 +182,7 @@ class ModelCache:
         self._register(build_spec(name, loader, **options))
 
     def _register(self, spec: ModelSpec) -> None:
-        refusal = self._door.refusal()
-        if refusal is not None:
-            raise refusal
+        self._door.require_open()
         leaving = self._leaving.get(spec.name)
         if leaving is not None and not leaving.done():
             raise ValueError(f"{spec.name!r} was unregistered but is still leased; return its leases first")
@@ -301,7 +300,7 @@ class ModelCache:
         """
         freed = Freed(0, 0)
         for tier, size in _sizes(vram, ram):
-            one = self._measured(WantRoom(tier, size, hold=False), timeout)
+            one = self._measured(WantRoom(tier, size, hold=False, holder=current_holder()), timeout)
             freed = Freed(freed.vram_bytes + one.vram_bytes, freed.ram_bytes + one.ram_bytes)
         return freed
 
@@ -313,7 +312,7 @@ class ModelCache:
         held: list[MoveFuture] = []
         try:
             for tier, size in _sizes(vram, ram):
-                future = self._post(WantRoom(tier, size, hold=True), timeout)
+                future = self._post(WantRoom(tier, size, hold=True, holder=current_holder()), timeout)
                 held.append(future)
                 future.result()
             yield
@@ -331,15 +330,11 @@ class ModelCache:
             self._driver.ask(WantBudget(tier, size))
 
     def _post(self, want: Want, timeout: float | None) -> MoveFuture:
-        refusal = self._door.refusal()
-        if refusal is not None:
-            raise refusal
+        self._door.require_open()
         return MoveFuture(self._driver, want, timeout)
 
     def _measured(self, want: Want, timeout: float | None) -> Freed:
-        refusal = self._door.refusal()
-        if refusal is not None:
-            raise refusal
+        self._door.require_open()
         before = self._parts.measure()
         self._driver.ask(want, timeout)
         self._parts.mover.release_cached()
@@ -351,14 +346,20 @@ class ModelCache:
     def info(self, name: str) -> ModelStats:
         """Where one model is and what it takes there."""
         self._door.entry(name)
-        stats: ModelStats = self._driver.look(partial(model_stats, name=name))
+        stats: ModelStats = self._driver.look(partial(model_stats, name=name, holders=self._driver.holders))
         return stats
 
     def status(self) -> CacheStats:
         """Everything at one instant."""
         counters = self._driver.counters()
         stats: CacheStats = self._driver.look(
-            partial(cache_stats, device=self._parts.device_name, counters=counters, names=self.names())
+            partial(
+                cache_stats,
+                device=self._parts.device_name,
+                counters=counters,
+                names=self.names(),
+                holders=self._driver.holders,
+            )
         )
         return stats if self._governor is None else replace(stats, budget_changes=self._governor.changes())
 
@@ -390,16 +391,15 @@ class ModelCache:
         return self._driver.herald.on(event, fn)
 
     def health(self) -> Health:
-        """Whether the cache makes progress."""
-        oldest_s, last_step_s = self._driver.waits()
-        device = self._driver.look(lambda machine: "ok" if machine.poison is None else str(machine.poison))
-        is_moving = self._driver.look(lambda machine: not machine.flights.is_idle)
-        is_stalled = oldest_s is not None and oldest_s > STALL_S and not is_moving and last_step_s > STALL_S
-        is_ready = device == "ok" and not is_stalled and self._door.refusal() is None and self._driver.is_sound
-        pressure: tuple[str, ...] = self._driver.look(pressures)
+        """Whether the cache makes progress. It answers whatever is stuck: it waits for no lock and no thread."""
+        device: str = self._driver.glance(lambda machine: "ok" if machine.poison is None else str(machine.poison))
+        pressure: tuple[str, ...] = self._driver.glance(pressures)
         if self._governor is not None:
             pressure += self._governor.problems()
-        return Health(is_ready, oldest_s, last_step_s, device, pressure)
+        oldest_s, last_step_s = self._driver.waits()
+        is_stalled, stalled = self._driver.stalled(STALL_S)
+        is_ready = device == "ok" and not is_stalled and self._door.refusal() is None and self._driver.is_sound
+        return Health(is_ready, oldest_s, last_step_s, device, pressure, stalled)
 
     def _describe(self, name: str) -> str:
         return one_line(self.info(name))
@@ -423,23 +423,49 @@ class ModelCache:
         if self._driver.is_forked:
             return
         with self._close_lock:
-            if self._door.is_closed:
+            if self._is_given_up:
                 return
-            self._door.is_closed = True
-            atexit.unregister(self.close)
-            leased = {
-                name: [name_of(holder) for holder in entry.gate.holders() if holder is not None]
-                for name, entry in self._door.entries.items()
-                if entry.gate.num_leases
-            }
-            open_leases = {name: holders for name, holders in leased.items() if holders}
-            if open_leases:
-                _LOG.warning("closed with open leases=%s; return them before closing", open_leases)
+            if not self._door.is_closed:
+                self._door.is_closed = True
+                self._warn_leased()
+            # Each step may be done again: whoever was interrupted in one, by a Ctrl-C, can close once more.
             if self._governor is not None:
                 self._governor.stop()
             self._driver.stop()
-            self._door.entries.clear()
-            self._parts.close()
+            self._give_up_elsewhere()
+            atexit.unregister(self.close)
+
+    def _give_up_elsewhere(self) -> None:
+        """On a thread of its own, where no Ctrl-C can tear it: one that comes meanwhile does not end it."""
+        errors: list[BaseException] = []
+
+        def give_up() -> None:
+            try:
+                self._give_up()
+            except BaseException as error:  # noqa: BLE001  Whatever it is, it is for whoever closes.
+                errors.append(error)
+
+        try:
+            worker = self._parts.pool.spawn("modelcache-closing", give_up)
+        except RuntimeError:  # the interpreter ends, or the system has no thread left
+            give_up()
+        else:
+            worker.join()
+        if errors:
+            raise errors.pop()
+
+    def _give_up(self) -> None:
+        with self._end_lock:
+            if not self._is_given_up:
+                self._door.entries.clear()
+                self._parts.close()
+                self._is_given_up = True
+
+    def _warn_leased(self) -> None:
+        held = {name: self._driver.sites.holders(e.gate, known=True) for name, e in self._door.entries.copy().items()}
+        open_leases = {name: list(holders) for name, holders in held.items() if holders}
+        if open_leases:
+            _LOG.warning("closed with open leases=%s; return them before closing", open_leases)
 
     async def aclose(self) -> None:
         """The same without blocking the event loop."""

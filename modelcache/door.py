@@ -74,7 +74,7 @@ class FrontDoor:
         self._device: object = None
         self._unknown = unknown
         self._describe = describe
-        self._with_sites = with_sites
+        self._with_sites, self._sites = with_sites, driver.sites
         self._next_tick = driver.next_tick
         self._on_return = driver.lease_returned
         self._first_uses = FirstUses(driver.now_s, driver.at_latest, driver.lease_returned)
@@ -127,6 +127,19 @@ class FrontDoor:
             return ForkedCacheError()
         return CacheClosedError() if self.is_closed else None
 
+    def require_open(self) -> None:
+        """Do nothing while leases can be had.
+
+        No frame keeps the error: it would keep those of its caller, and all that they hold, until the garbage collector
+        came by.
+
+        Raises:
+            CacheClosedError: The cache was closed.
+            ForkedCacheError: It belongs to another process.
+        """
+        if self.refusal() is not None:
+            raise self.refusal() or CacheClosedError
+
     def lease(self, name: str, timeout_s: float | None, kind: type[L] = Lease, *, early: bool = False) -> L:  # type: ignore[assignment]
         """A lease for the caller. A hit is all in here: each call more would cost a tenth of it."""
         try:
@@ -137,7 +150,9 @@ class FrontDoor:
         gate, tick, model = entry.gate, self._next_tick(), entry.model
         holder = current_thread() if running_loop() is None else current_holder()
         # The lease exists before the gate knows of it, so an interrupt in between loses nothing.
-        lease = kind(entry.name, gate, tick, self._on_return, model, _site() if self._with_sites else None)
+        lease = kind(entry.name, gate, tick, self._on_return, model)
+        if self._with_sites:
+            self._note_site(lease, tick)
         # `Gate.enter`, written out.
         gate.open[tick] = holder
         if gate.closed or (gate.limit and len(gate.open) > gate.limit):
@@ -159,7 +174,9 @@ class FrontDoor:
         except KeyError:
             entry = self.entry(name)
         gate, tick, model = entry.gate, self._next_tick(), entry.model
-        lease = FirstUseLease(entry.name, gate, tick, self._on_return, model, _site() if self._with_sites else None)
+        lease = FirstUseLease(entry.name, gate, tick, self._on_return, model)
+        if self._with_sites:
+            self._note_site(lease, tick)
         gate.open[tick] = None
         if gate.closed or (gate.limit and len(gate.open) > gate.limit):
             lease.close()
@@ -170,6 +187,10 @@ class FrontDoor:
                 self._fill(entry, lease)
         self._first_uses.limit(lease)
         return lease
+
+    def _note_site(self, lease: Lease, tick: int) -> None:
+        lease.note_site(_site())
+        self._sites.note(tick, lease)
 
     def _fill(self, entry: Entry, lease: Lease) -> None:
         """Nobody has leased it yet: a prefetch has opened the gate."""
@@ -211,7 +232,9 @@ class FrontDoor:
     def _enter(self, entry: Entry, kind: type[L], holder: object) -> L | None:
         gate, tick, model = entry.gate, self._next_tick(), entry.model
         # The lease exists before the gate knows of it, as in `lease`.
-        lease = kind(entry.name, gate, tick, self._on_return, model, _site() if self._with_sites else None)
+        lease = kind(entry.name, gate, tick, self._on_return, model)
+        if self._with_sites:
+            self._note_site(lease, tick)
         if gate.enter(tick, holder):
             if model is None:
                 self._fill(entry, lease)
@@ -222,9 +245,7 @@ class FrontDoor:
     def _ask(
         self, names: tuple[str, ...], timeout_s: float | None, kind: type[L], lend_to: object, *, early: bool = False
     ) -> tuple[L, ...]:
-        refusal = self.refusal()
-        if refusal is not None:
-            raise refusal
+        self.require_open()
         leases: tuple[L, ...] = self._driver.ask(
             self._want(names, early=early), timeout_s, self._lender(kind), lend_to, wasted_ticks=len(names)
         )
@@ -241,7 +262,10 @@ class FrontDoor:
             model = self._object_of(name)
             if entry is not None and entry.gate is gate:
                 entry.model = model
-            return kind(name, gate, tick, self._on_return, model, site)
+            lease = kind(name, gate, tick, self._on_return, model, site)
+            if site is not None:
+                self._sites.note(tick, lease)
+            return lease
 
         return lend
 
@@ -271,9 +295,7 @@ class FrontDoor:
         wasted_ticks: int = 0,
     ) -> Any:
         """Want something and wait for it in a task; a task that is cancelled leaves and loses nothing."""
-        refusal = self.refusal()
-        if refusal is not None:
-            raise refusal
+        self.require_open()
         loop = get_running_loop()
         woken = loop.create_future()
         waiter = self._driver.waiter(partial(_wake, loop, woken))

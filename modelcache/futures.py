@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from modelcache.core.messages import Want
 from modelcache.runtime.driver import Driver
 from modelcache.runtime.waiters import Waiter
+
+_LOG = logging.getLogger("modelcache")
 
 
 class MoveFuture(Future[None]):
@@ -33,6 +38,20 @@ class MoveFuture(Future[None]):
             return self.cancelled()
         self._driver.leave(self._waiter)
         return super().cancel()
+
+    def add_done_callback(self, fn: Callable[[Future[None]], object]) -> None:
+        """Call `fn` with this future once it is done; on a thread of the cache's own, or here if it is done already.
+
+        It may call the cache. One that raises is logged; one that blocks delays other callbacks and nothing else.
+        """
+        super().add_done_callback(lambda _: self._driver.outside(partial(self._call, fn)))
+
+    def _call(self, fn: Callable[[Future[None]], object]) -> None:
+        try:
+            fn(self)
+        except Exception:
+            # The user's own error: as with any future it is reported, and the next callback is run all the same.
+            _LOG.exception("a callback of a prefetch failed")
 
     def _wake(self) -> None:
         try:

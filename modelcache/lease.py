@@ -74,6 +74,15 @@ class Lease:
             self._model = model
 
     @property
+    def site(self) -> str | None:
+        """Where it was taken, if that was noted."""
+        return self._site
+
+    def note_site(self, site: str) -> None:
+        """It was taken there."""
+        self._site = site
+
+    @property
     def is_open(self) -> bool:
         """Not yet returned."""
         return self._model is not _RETURNED
@@ -329,5 +338,8 @@ def current_holder() -> object:
     if loop is not None:
         task = asyncio.current_task(loop)
         if task is not None:
-            return weakref.ref(task)
+            reference = weakref.ref(task)
+            # A reference keeps the hash that it was asked for while its object lived, and has none to give after that.
+            hash(reference)
+            return reference
     return threading.current_thread()

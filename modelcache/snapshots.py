@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from modelcache.core.cycles import name_of
+from collections.abc import Callable
+
 from modelcache.core.machine import Machine
 from modelcache.core.records import Loading, Model
 from modelcache.stats import CacheStats, Counters, ModelStats, TierStats
 from modelcache.tier import Tier
 
+#: The name of a model -> who holds its leases, in words.
+Holders = Callable[[str], tuple[str, ...]]
 
-def cache_stats(machine: Machine, *, device: str, counters: Counters, names: tuple[str, ...]) -> CacheStats:
+
+def cache_stats(
+    machine: Machine, *, device: str, counters: Counters, names: tuple[str, ...], holders: Holders
+) -> CacheStats:
     """Everything at one instant; `names` in the order to show."""
     books = machine.books
     tiers = (Tier.VRAM, Tier.RAM, Tier.DISK) if books.top is Tier.VRAM else (Tier.RAM, Tier.DISK)
     return CacheStats(
         device,
         tuple(_tier_stats(machine, tier) for tier in tiers),
-        tuple(model_stats(machine, name=name) for name in names if name in books.models),
+        tuple(model_stats(machine, name=name, holders=holders) for name in names if name in books.models),
         len(machine.waiting),
         machine.flights.num_started,
         counters,
     )
 
 
-def model_stats(machine: Machine, *, name: str) -> ModelStats:
+def model_stats(machine: Machine, *, name: str, holders: Holders) -> ModelStats:
     """One model; one whose registration the machine has yet to hear of is cold."""
     model = machine.books.models.get(name)
     if model is None:
@@ -40,7 +46,7 @@ def model_stats(machine: Machine, *, name: str) -> ModelStats:
         sum(part.image_bytes for part in parts),
         model.workspace_bytes,
         gate.num_leases,
-        tuple(name_of(holder) for holder in gate.holders()),
+        holders(name),
         spec.pin,
         str(spec.priority),
         gate.tick,

@@ -43,7 +43,7 @@ def forecast(machine: Machine, names: tuple[str, ...]) -> Forecast:
     loaded = tuple(m.spec.name for m in models if m.loading is Loading.LOADED)
     needs = machine.needs_of(waiting, loaded, tuple(m for m in models if m.loading is not Loading.LOADED))
     spare = [part.facts.part for part in machine.books.parts_of(loaded)]
-    result = machine.planner.plan(needs, machine.may_take(waiting), spare)
+    result = machine.planner.plan(needs, machine.may_take(waiting), spare, names)
     if isinstance(result, Plan):
         givers = {name: None for g in result.givings for name in machine.books.parts[g.part].models}
         return Forecast(names, True, needs.vram, needs.ram, tuple(givers), "")

@@ -30,6 +30,11 @@ class Flights:
         """Nothing is in flight or about to be."""
         return self.num_started == 0 and not self.pending
 
+    def is_giving_up_for(self, waiting: Waiting) -> bool:
+        """Something of the top tier is still on its way out for this ticket."""
+        flights = [part.flight for part in self._books.parts.values() if part.flight is not None]
+        return any(flight.ticket == waiting.ticket and flight.frees.vram for flight in flights)
+
     # --- starting -------------------------------------------------------------------------------------------------
 
     def commit(
@@ -145,12 +150,27 @@ class Flights:
         flight = self._end(part)
         for account, needs, _ in self._sides(flight):
             account.cancel(needs)
+        self._stays(flight, make_room)
+        return flight
+
+    def call_off(self, part: Part, make_room: Callable[[Tier, int], None]) -> Flight:
+        """A giving that has not begun does not; see `turned_back`."""
+        flight = part.flight
+        assert flight is not None
+        assert not flight.started
+        part.flight = None
+        del self.pending[part.facts.part]
+        for account, needs, _ in self._sides(flight):
+            account.unclaim(needs)
+        self._stays(flight, make_room)
+        return flight
+
+    def _stays(self, flight: Flight, make_room: Callable[[Tier, int], None]) -> None:
         for tier in (Tier.VRAM, Tier.RAM):
             frees = flight.frees.of(tier)
             if frees:
                 make_room(tier, frees)
                 self._books.account(tier).undrain(frees)
-        return flight
 
     def _end(self, part: Part) -> Flight:
         flight = part.flight

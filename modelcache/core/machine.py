@@ -74,6 +74,8 @@ MAX_ATTEMPTS = 3
 #: From this many failed first loads in a row, a request within the back-off gets the last error at once.
 FAILURES_BEFORE_BACKOFF = 3
 MAX_BACKOFF_S = 60.0
+#: How long what could not be given up is left alone, unless it is used before.
+LEFT_ALONE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,8 @@ class Machine:
         #: Gates ordered closed for another cause than a plan: until each has answered, hits may still get in, and
         #: nothing is decided that counts on its being closed.
         self._unanswered: set[str] = set()
+        #: Parts that could not be given up, and until when they are not asked to again.
+        self._left_alone: dict[str, float] = {}
         self._wants = Wants(self)
 
     # --- the one mutator ------------------------------------------------------------------------------------------
@@ -200,6 +204,7 @@ class Machine:
                 if (part := self._moving(name, generation)) is not None:
                     self.flights.landed(part, moved)
                     self._settle_part(part)
+                    self._wants.serve(part)
             case MoveKept(name, generation):
                 if (part := self._moving(name, generation)) is not None:
                     self._kept(part)
@@ -214,6 +219,7 @@ class Machine:
             case Tick():
                 self._look_for_idle()
                 self._look_for_writes()
+                self._ask_again()
             case Closing():
                 self._close()
             case _:
@@ -541,6 +547,7 @@ class Machine:
         is_drop = flight.move.kind in (MoveKind.EVICT, MoveKind.SHED) and not flight.move.write_image
         refusal = None
         if not (is_drop and part.rereadable):
+            self._left_alone.pop(part.facts.part, None)
             part.kept_tick = self.planner.tick_of(part)
             name = next(iter(part.models), part.facts.part)
             refusal = LeaseError(
@@ -560,6 +567,8 @@ class Machine:
             self._poisoned(error)
         elif flight.frees:
             part.kept_tick = self.planner.tick_of(part)
+            self._left_alone[part.facts.part] = self.now_s + LEFT_ALONE_S
+            self.emit(ArmTimer(self.now_s + LEFT_ALONE_S))
             self._wants.giving_failed(flight.ticket, part, error)
         elif isinstance(error, DeviceMemoryError) and part.ooms == 0:
             # The device refused what the ledger allowed. Give as much again up and try once more.
@@ -583,6 +592,23 @@ class Machine:
             if account.claimed_bytes <= account.free_bytes + account.draining_bytes - n_bytes:
                 return
             self.dissolve(waiting)
+        # What others are about to give up may count on it as well, to be moved there.
+        for name in reversed(list(self.flights.pending)):
+            if account.claimed_bytes <= account.free_bytes + account.draining_bytes - n_bytes:
+                return
+            if name in self.flights.pending:
+                part = self.books.parts[name]
+                flight = self.flights.call_off(part, self._make_room)
+                self._settle_part(part)
+                self._wants.giving_failed(flight.ticket, part, None)
+
+    def _ask_again(self) -> None:
+        """What could not be given up a while ago may be tried again: by now its disk may have room."""
+        for name, until_s in list(self._left_alone.items()):
+            if until_s <= self.now_s:
+                del self._left_alone[name]
+                if name in self.books.parts:
+                    self.books.parts[name].kept_tick = -1
 
     # --- time and the end ---------------------------------------------------------------------------------------------
 
@@ -685,6 +711,7 @@ class Machine:
         twin._idle_models, twin._awaited = dict(self._idle_models), set(self._awaited)
         twin._unanswered = set(self._unanswered)
         twin.forgetting = set(self.forgetting)
+        twin._left_alone = dict(self._left_alone)
         return twin
 
     # --- checks -------------------------------------------------------------------------------------------------------

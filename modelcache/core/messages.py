@@ -48,11 +48,12 @@ class WantDown:
 
 @dataclass(frozen=True, slots=True)
 class WantRoom:
-    """Make `size_bytes` free on `tier` now; `hold` keeps them reserved until `RoomReturned`."""
+    """Make `size_bytes` free on `tier` now; `hold` keeps them reserved until `RoomReturned`. `holder` says who asks."""
 
     tier: Tier
     size_bytes: int
     hold: bool
+    holder: object = None
 
 
 @dataclass(frozen=True, slots=True)

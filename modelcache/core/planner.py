@@ -142,21 +142,46 @@ class Planner:
         self._gates = gates
         self._policy = policy
 
-    def plan(self, needs: Room, may_take: Callable[[str], bool], spare: Iterable[str] = ()) -> Plan | Refusal:
+    def plan(
+        self, needs: Room, may_take: Callable[[str], bool], spare: Iterable[str] = (), names: Iterable[str] = ()
+    ) -> Plan | Refusal:
         """A complete victim set for `needs`, or why there is none now.
 
         Args:
             needs: Bytes wanted free, per tier.
             may_take: Whether a model may lose something now: not leased, not promised to somebody else.
             spare: Parts that must not be given up for this: what it is for.
+            names: The models that it is for, whose parts those are.
         """
         spared = frozenset(spare)
-        return self._complete(_Draft(self._books, needs), may_take, spared)
+        draft = _Draft(self._books, needs)
+        result = self._complete(draft, may_take, spared)
+        if isinstance(result, Refusal) and self._take_workspaces_of_sharers(draft, may_take, spared, frozenset(names)):
+            return draft.finish()
+        return result
+
+    def _take_workspaces_of_sharers(
+        self, draft: _Draft, may_take: Callable[[str], bool], spared: frozenset[str], names: frozenset[str]
+    ) -> bool:
+        """Last, the workspaces of idle models that hold the spared parts too; whether that is enough."""
+        for name in {name: None for part in spared for name in self._books.parts[part].models}:
+            if name not in names and self._may_lose_workspace(self._books.models[name]) and may_take(name):
+                draft.take_workspace(self._books.models[name])
+        return draft.vram >= 0 and draft.ram >= 0 and draft.disk >= 0
+
+    def _may_lose_workspace(self, model: Model) -> bool:
+        may_leave = self.may_leave_vram if self._books.top is Tier.VRAM else self.may_leave_whole
+        return any(may_leave(self._books.parts[part]) for part in model.parts)
 
     def plan_toward_target(self, may_take: Callable[[str], bool]) -> Plan:
         """Whatever may go now of what lowered budgets no longer cover, be it enough or not."""
         draft = _Draft(self._books, Room())
+        ram = min(0, draft.ram)
         self._free(draft, may_take, frozenset())
+        for giving in reversed(tuple(draft.givings.values())):
+            # What would go to RAM stays where it is when nothing there makes room for it.
+            if draft.ram < ram and giving.needs.ram:
+                draft.untake(self._books.parts[giving.part])
         return draft.finish()
 
     def plan_down(self, parts: Iterable[Part], tier: Tier, may_take: Callable[[str], bool]) -> Plan | Refusal:
@@ -176,7 +201,7 @@ class Planner:
                 draft.take(part, Residency(0, part.n), write_image=not part.rereadable)
         return self._complete(draft, may_take, frozenset(spared))
 
-    def could_ever_fit(self, needs: Room, spare: Iterable[str] = ()) -> Refusal | None:
+    def could_ever_fit(self, needs: Room, spare: Iterable[str] = (), names: Iterable[str] = ()) -> Refusal | None:
         """`None` if `needs` fit once everything that can go is gone; else what stands in the way for good."""
         spared = frozenset(spare)
         fixed = {Tier.VRAM: 0, Tier.RAM: 0}
@@ -192,7 +217,7 @@ class Planner:
             if not self.may_leave_whole(part) or not (part.rereadable or self.may_spill(part)):
                 sheddable = self.may_leave_ram(part) and part.rereadable and self._books.top is Tier.VRAM
                 fixed[Tier.RAM] += held.ram if not sheddable else 0
-        fixed[self._books.top] += self._workspaces_that_stay(spared)
+        fixed[self._books.top] += self._workspaces_that_stay(spared, frozenset(names))
         for tier, fixed_bytes in fixed.items():
             target = self._books.account(tier).target_bytes
             if needs.of(tier) > target - fixed_bytes:
@@ -208,16 +233,18 @@ class Planner:
             return False
         return part.rereadable and self.may_leave_ram(part)
 
-    def _workspaces_that_stay(self, spared: frozenset[str]) -> int:
+    def _workspaces_that_stay(self, spared: frozenset[str], names: frozenset[str]) -> int:
         """Charged workspaces of models none of whose parts may go: a workspace is given up with a part.
 
-        One whose parts are still on their way up is not among them: they will be there to give it up with.
+        One whose parts are still on their way up is not among them: they will be there to give it up with. Nor is one
+        that only shares what is spared for others.
         """
         may_leave = self.may_leave_vram if self._books.top is Tier.VRAM else self.may_leave_whole
 
         def stays(model: Model) -> bool:
             known = [name for name in model.parts if name in spared or name in self._books.resident]
-            return bool(known) and not any(name not in spared and may_leave(self._books.parts[name]) for name in known)
+            keeps = spared if model.spec.name in names else frozenset()
+            return bool(known) and not any(name not in keeps and may_leave(self._books.parts[name]) for name in known)
 
         return sum(m.workspace_bytes for m in self._books.models.values() if m.workspace_charged and stays(m))
 

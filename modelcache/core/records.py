@@ -291,6 +291,7 @@ class Waiting:
         overtaken: Leases that went to others while this one waited for them.
         attempts: Plans thwarted by a busy gate since the last event.
         freed: What was given up for it so far.
+        is_behind: It is not planned for, because of those who came before it.
         blocked_on: The models whose leases it waits for.
         why: What it waits for, for people.
     """
@@ -302,6 +303,7 @@ class Waiting:
     overtaken: int = 0
     attempts: int = 0
     freed: Room = field(default_factory=Room)
+    is_behind: bool = False
     blocked_on: tuple[str, ...] = ()
     why: str = ""
 

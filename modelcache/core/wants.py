@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, assert_never
 
-from modelcache.core.cycles import deadlocked
+from modelcache.core.cycles import all_holders, deadlocked, holder_of
 from modelcache.core.ledger import Room
 from modelcache.core.messages import (
     Done,
@@ -47,18 +47,20 @@ class Wants:
     def __init__(self, machine: Machine) -> None:
         self._m = machine
         self._num_blocked = 0
+        self._holders: set[object] | None = None
 
     def step_all(self) -> None:
         """Take every ticket one step further, until one waits for its gates to answer."""
-        self._num_blocked = 0
-        tickets = sorted(self._m.waiting, key=lambda t: (isinstance(self._m.waiting[t].want, WantCopy), abs(t)))
-        for ticket in tickets:
+        self._num_blocked, self._holders = 0, None
+        for ticket in sorted(self._m.waiting, key=lambda ticket: _turn(self._m.waiting[ticket])):
             waiting = self._m.waiting.get(ticket)
             if waiting is not None:
                 self._step(waiting)
             if self._m.closing is not None:
                 return
         self._reach_targets()
+        if not self._m.changed and self._m.closing is None:
+            self._refuse_who_waits_for_himself()
 
     def _step(self, waiting: Waiting) -> None:
         match waiting.want:
@@ -77,6 +79,12 @@ class Wants:
                 self._step_gone(waiting, name, holder)
             case _:
                 assert_never(waiting.want)
+
+    def _refuse_who_waits_for_himself(self) -> None:
+        stuck = deadlocked(self._m, self)
+        if stuck is not None:
+            victim, cycle = stuck
+            self._m.refuse(victim, LeaseCycleError(victim.label, cycle))
 
     # --- up -------------------------------------------------------------------------------------------------------
 
@@ -257,6 +265,8 @@ class Wants:
             mine = True
             # Whoever was let in early still holds a lease on a part whose last segments then did not arrive.
             if part.flight is None and not any(m.num_leases(model) for model in part.models):
+                if part.ooms and m.flights.is_giving_up_for(waiting):
+                    continue  # By the books there is room, but the device said no: what was given up must be gone.
                 m.flights.bring_up(part, waiting, tier, reason)
         for name in names:
             model = m.books.models[name]
@@ -298,7 +308,7 @@ class Wants:
             return
         spare = [part.facts.part for part in m.books.parts_of(names)]
         needs = self.needs_up(waiting, names, tier)
-        never = needs is not None and m.planner.could_ever_fit(needs, spare)
+        never = needs is not None and m.planner.could_ever_fit(needs, spare, names)
         if never or self._too_large(names) is not None:
             for model in models:
                 m.books.take_form(model, dispatched=True)
@@ -406,6 +416,18 @@ class Wants:
                 if other.ticket < waiting.ticket and name in other.blocked_on:
                     other.overtaken += 1
 
+    def serve(self, part: Part) -> None:
+        """Grant what has just come up to those who wait for it: an earlier ticket that lacks room may take it then."""
+        m = self._m
+        for waiting in list(m.waiting.values()):
+            names = waiting.names
+            if not isinstance(waiting.want, WantLease) or m.poison is not None or not set(names) & set(part.models):
+                continue
+            models = [m.books.models.get(name) for name in names]
+            is_known = all(model is not None and not model.is_leaving for model in models)
+            if is_known and self._is_there(waiting.want.names, m.books.top):
+                self._finish_up(waiting, waiting.want.names)
+
     def is_queued_for(self, name: str) -> bool:
         """Somebody waits for a lease of this model."""
         return any(isinstance(w.want, WantLease) and name in w.want.names for w in self._m.waiting.values())
@@ -415,13 +437,15 @@ class Wants:
     def _plan(self, waiting: Waiting, needs: Room, spare: Iterable[str], reason: Reason) -> bool:
         """Plan and commit; False if the ticket waits or was refused."""
         m, spare = self._m, tuple(spare)
-        if self._is_behind_a_barrier(waiting) or self._num_blocked >= MAX_BLOCKED_PLANS:
+        is_late = self._num_blocked >= MAX_BLOCKED_PLANS or self._is_behind_a_barrier(waiting)
+        waiting.is_behind = is_late and not self._is_awaited(waiting)
+        if waiting.is_behind:
             self._block(waiting, waiting.blocked_on, "room that is promised to a request that came earlier")
             return False
-        result = m.planner.plan(needs, m.may_take(waiting), spare)
+        result = m.planner.plan(needs, m.may_take(waiting), spare, waiting.names)
         if isinstance(result, Plan):
             return m.carry_out(waiting, result, reason)
-        never = m.planner.could_ever_fit(needs, spare)
+        never = m.planner.could_ever_fit(needs, spare, waiting.names)
         self._no_plan(waiting, never or result)
         return False
 
@@ -440,11 +464,10 @@ class Wants:
     def _is_at_rest(self, waiting: Waiting) -> bool:
         """Whether nobody would ever wake this ticket: nothing is in flight, and nobody came before it."""
         m = self._m
-        is_busy = m.held or m.loading_names or m.forgetting or not m.flights.is_idle
-        if is_busy or not isinstance(waiting.want, WantLease):
+        if m.held or m.loading_names or m.forgetting or not m.flights.is_idle:
             return False
         others = (other for other in m.waiting.values() if other is not waiting)
-        return all(other.ticket > waiting.ticket and other.claims is None for other in others)
+        return all(_turn(other) > _turn(waiting) and other.claims is None for other in others)
 
     def _exhausted(self, waiting: Waiting, refusal: Refusal, leased: tuple[str, ...]) -> BudgetExhaustedError:
         pressure = self._m.books.account(refusal.tier).pressure_on(refusal.tier)
@@ -467,23 +490,31 @@ class Wants:
         return tuple(names)
 
     def wait_for_leases(self, waiting: Waiting, names: Iterable[str]) -> None:
-        """Wait until one of these models loses a lease; refuse whoever would wait for himself."""
+        """Wait until one of these models loses a lease."""
         names = tuple(names)
         held = ", ".join(repr(name) for name in names)
         self._block(waiting, names, _awaited(held, bool(self._m.held)))
         if waiting.overtaken >= MAX_OVERTAKEN:
             for name in names:
                 self._m.bars.setdefault(name, waiting.ticket)
-        stuck = deadlocked(self._m, self)
-        if stuck is not None:
-            victim, cycle = stuck
-            self._m.refuse(victim, LeaseCycleError(victim.label, cycle))
 
     def _block(self, waiting: Waiting, names: tuple[str, ...], why: str) -> None:
         self._num_blocked += 1
         self._m.touched.update(dict.fromkeys(waiting.blocked_on))
         self._m.touched.update(dict.fromkeys(names))
         waiting.blocked_on, waiting.why = names, why
+
+    def _is_awaited(self, waiting: Waiting) -> bool:
+        """Whether its caller holds a lease that an earlier one waits for: behind that one, both would wait for ever."""
+        m, holder = self._m, holder_of(waiting)
+        if holder is None:
+            return False
+        if self._holders is None:
+            self._holders = all_holders(m)
+        if holder not in self._holders:
+            return False
+        names = {n for other in m.waiting.values() if _turn(other) < _turn(waiting) for n in other.blocked_on}
+        return any(holder in m.gates[name].holders() for name in names if name in m.gates)
 
     def _is_behind_a_barrier(self, waiting: Waiting) -> bool:
         return any(
@@ -646,6 +677,11 @@ class Wants:
             return
         waiting.why = "its bytes to be let go"
         m.forget(model)
+
+
+def _turn(waiting: Waiting) -> tuple[bool, int]:
+    """When it is looked at: in the order they came, copies that nobody leases yet after all others."""
+    return isinstance(waiting.want, WantCopy), abs(waiting.ticket)
 
 
 def _awaited(held: str, is_reserved: bool) -> str:

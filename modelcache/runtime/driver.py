@@ -18,7 +18,6 @@ from itertools import count
 from threading import get_ident
 from typing import Any, assert_never
 
-from modelcache.core.cycles import name_of
 from modelcache.core.machine import Budgets, Machine
 from modelcache.core.messages import (
     ArmTimer,
@@ -70,12 +69,15 @@ from modelcache.errors import (
 from modelcache.move import KeptWritten, Move, MoveKind
 from modelcache.runtime.gate import Gate
 from modelcache.runtime.herald import Herald
+from modelcache.runtime.holders import Sites
 from modelcache.runtime.links import Link
 from modelcache.runtime.ports import Clock, Mover, Pool, Progress
 from modelcache.runtime.story import Story
 from modelcache.runtime.waiters import LEFT, Waiter, blocking
+from modelcache.runtime.watch import Watch
 from modelcache.spec import ModelSpec
 from modelcache.stats import Counters
+from modelcache.units import format_seconds
 
 _LOG = logging.getLogger("modelcache.runtime")
 #: How many loads run at a time; a load asked for from inside another has a thread of its own.
@@ -144,10 +146,14 @@ class Driver:
         self._mailbox = pool.mailbox(clock)
         self._tickets = count(1)
         self._waiters: dict[int, _Ask] = {}
+        # Who asked and was not heard yet. Whoever looks whether all is well must see them when the thread is stuck.
+        self._unheard: dict[int, Waiter] = {}
         self._timers: list[tuple[float, int, int]] = []
         self._fleeting: deque[tuple[float, Callable[[], None]]] = deque()
         self._started_s = clock.now_s()
         self._last_step_s = self._started_s
+        self._step_since_s: float | None = None
+        self.watch = Watch(clock)
         self._stoppers: list[Callable[[], None]] = []
         self._stop_by_s = 0.0
         self._is_over = False
@@ -155,6 +161,7 @@ class Driver:
         self._is_forked = False
         self._loader_threads: dict[int, str] = {}
         self._ticks = count(1)
+        self.sites = Sites()
         self.herald = Herald(pool, clock)
         self._story = Story()
         self._loads = Link("load", pool, clock, NUM_LOADERS)
@@ -163,6 +170,9 @@ class Driver:
         # Writing image files and deleting them share one worker: the room of a deleted file is free before it is used.
         self._files = Link("file", pool, clock, 1)
         self._looks = Link("look", pool, clock, 1)
+        # Of futures: user code, which must neither run under the lock nor hold this thread up.
+        self._callbacks = Link("callback", pool, clock, 1)
+        self._ident = 0
         self._thread = pool.spawn("modelcache-driver", self._run)
 
     # --- what callers do, on their own threads --------------------------------------------------------------------
@@ -233,6 +243,7 @@ class Driver:
         if self._is_forked:
             raise ForkedCacheError
         deadline_s = None if timeout_s is None else waiter.asked_s + timeout_s
+        self._unheard[waiter.ticket] = waiter
         self._mailbox.put(_Ask(want, waiter, deadline_s, lend, lend_to, wasted_ticks))
         if self._is_over:
             waiter.offer(CacheClosedError())
@@ -252,6 +263,17 @@ class Driver:
         # Also where others wait before it: the caller who added one of them may have been interrupted here.
         self._mailbox.put(_POKE)
 
+    def outside(self, job: Callable[[], None]) -> None:
+        """Run what a user wrote: here, or on a thread of its own where here is the driver's."""
+        if get_ident() == self._ident and not self._is_over:
+            self._callbacks.submit(job)
+        else:
+            job()
+
+    def holders(self, name: str) -> tuple[str, ...]:
+        """Who holds the open leases of a model, in words."""
+        return self.sites.holders(self.gates[name])
+
     def is_loading_here(self, thread: int) -> str | None:
         """The model whose loader runs on this thread, if one does."""
         return self._loader_threads.get(thread)
@@ -262,6 +284,12 @@ class Driver:
             raise ForkedCacheError
         with self._lock:
             return read(self._machine)
+
+    def glance(self, read: Callable[[Machine], Any]) -> Any:
+        """Read single facts of the machine without the lock, which a thread that is stuck may hold."""
+        if self._is_forked:
+            raise ForkedCacheError
+        return read(self._machine)
 
     def register(self, spec: ModelSpec) -> Gate:
         """Make the gate of a model and tell the machine; nothing is loaded."""
@@ -304,19 +332,35 @@ class Driver:
         return self._bug is None and not self._is_over and self._thread.is_alive()
 
     def waits(self) -> tuple[float | None, float]:
-        """Age of the oldest waiting request, and seconds since the last step."""
+        """Age of the oldest waiting request, and seconds since the last step. Takes no lock."""
         now_s = self._clock.now_s()
-        with self._lock:
-            asked = [ask.waiter.asked_s for ask in self._waiters.values()]
-            last = self._last_step_s
-        return (now_s - min(asked) if asked else None), now_s - last
+        waiters = [ask.waiter for ask in self._waiters.copy().values()]
+        asked = [each.asked_s for each in (*waiters, *self._unheard.copy().values()) if not each.is_answered]
+        return (now_s - min(asked) if asked else None), now_s - self._last_step_s
+
+    def stalled(self, for_s: float) -> tuple[bool, tuple[str, ...]]:
+        """Whether callers may wait in vain, and what gave no sign for so long, in words. Takes no lock.
+
+        They may if the driver is stuck in one step, or if one has waited so long and what he may wait for gave no
+        sign, or nothing that anybody waits for did.
+        """
+        now_s, since_s = self._clock.now_s(), self._step_since_s
+        silent = self.watch.silent(for_s)
+        words = tuple(work.silent_for(now_s - work.at_s) for work in silent)
+        if since_s is not None and now_s - since_s >= for_s:
+            return True, (f"the driver: in one step for {format_seconds(now_s - since_s)}", *words)
+        oldest_s, _ = self.waits()
+        is_quiet = now_s - self.watch.signed_s >= for_s or any(work.is_waited_for for work in silent)
+        return oldest_s is not None and oldest_s >= for_s and is_quiet, words
 
     # --- the driver's thread --------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        self._ident = get_ident()
         while not self._is_over:
+            self._step_since_s = None
             item = self._mailbox.get(self._next_deadline())
-            now_s = self._clock.now_s()
+            now_s = self._step_since_s = self._clock.now_s()
             self._end_fleeting(now_s)
             try:
                 with self._lock:
@@ -345,7 +389,8 @@ class Driver:
         times = [self._timers[0][0]] if self._timers else []
         if self._fleeting:
             times.append(self._fleeting[0][0])
-        if self._stoppers:
+        # Once that is past, whatever ends says so itself: to wake for it again would be to spin.
+        if self._stoppers and self._clock.now_s() < self._stop_by_s:
             times.append(self._stop_by_s)
         return min(times, default=None)
 
@@ -363,12 +408,14 @@ class Driver:
         if isinstance(item, _Ask):
             ticket = item.waiter.ticket
             self._waiters[ticket] = item
+            self._unheard.pop(ticket, None)
             if isinstance(item.want, WantLease):
                 self._story.arrived(self._machine, item.want.names, item.wasted_ticks)
             if item.deadline_s is not None:
                 heapq.heappush(self._timers, (item.deadline_s, 0, ticket))
             self._drive(Asked(ticket, item.want), now_s)
         elif isinstance(item, _Leave):
+            self._unheard.pop(item.waiter.ticket, None)
             if self._waiters.pop(item.waiter.ticket, None) is not None:
                 self._drive(Left(item.waiter.ticket), now_s)
         elif isinstance(item, _Stop):
@@ -413,10 +460,13 @@ class Driver:
         for worker in self._loads.stop():
             worker.join(0.0 if late else None)
         self.herald.stop()
+        for worker in self._callbacks.stop():
+            worker.join(1.0)
         self._is_over = True
         # Whoever asked between the last look and now is in the mailbox, or sees `_is_over` himself.
         while (item := self._mailbox.get(now_s)) is not None:
             if isinstance(item, _Ask):
+                self._unheard.pop(item.waiter.ticket, None)
                 item.waiter.offer(CacheClosedError())
             elif isinstance(item, _Stop):
                 item.wake()
@@ -440,7 +490,7 @@ class Driver:
         waiting = self._machine.waiting.get(ask.waiter.ticket)
         why = waiting.why if waiting is not None else ""
         held = tuple(
-            f"{name} ({', '.join(name_of(holder) for holder in self.gates[name].holders())})"
+            f"{name} ({', '.join(self.holders(name))})"
             for name in (waiting.blocked_on if waiting is not None else ())
             if name in self.gates and self.gates[name].num_leases
         )
@@ -510,6 +560,7 @@ class Driver:
 
     def _grant(self, ticket: int, names: tuple[str, ...], now_s: float) -> None:
         ask = self._waiters.pop(ticket)
+        self.watch.sign()
         assert ask.lend is not None
         leases = []
         for name in names:
@@ -546,10 +597,12 @@ class Driver:
         thread = get_ident()
         self._loader_threads[thread] = spec.name
         try:
-            facts = self._mover.load(spec, self._progress)
+            self._require_going_on()
+            with self.watch.over(f"the load of {spec.name!r}", self._progress) as work:
+                facts = self._mover.load(spec, work)
             done: Event = LoadDone(spec.name, generation, facts)
         except ModelCacheError as error:
-            done = LoadFailed(spec.name, generation, error)
+            done = LoadFailed(spec.name, generation, _without_frames(error))
         except BaseException as error:  # noqa: BLE001  The worker must survive whatever a loader raises.
             problem = f"raised {type(error).__name__}: {error}"
             done = LoadFailed(spec.name, generation, _caused(LoaderError(spec.name, str(spec.loader), problem), error))
@@ -567,7 +620,9 @@ class Driver:
     def _move(self, move: Move) -> None:
         arriving = Arriving(move.part, move.generation)
         try:
-            result = self._mover.move(move, self._progress, partial(self._mailbox.put, arriving))
+            self._require_going_on()
+            with self.watch.over(f"the {move.kind} of {move.part!r}", self._progress) as work:
+                result = self._mover.move(move, work, partial(self._mailbox.put, arriving))
         except ModelCacheError as error:
             self._mailbox.put(MoveFailed(move.part, move.generation, error))
         except BaseException as error:  # noqa: BLE001  The worker must survive, and the books be put right.
@@ -580,10 +635,16 @@ class Driver:
             else:
                 self._mailbox.put(MoveDone(move.part, move.generation, result))
 
+    def _require_going_on(self) -> None:
+        """What was ordered before the end and comes to its turn after it is not begun: nobody waits for it any more."""
+        if self._stoppers:
+            raise CacheClosedError
+
     def _look_for_writes(self, part: str) -> None:
         is_clean = False
         try:
-            is_clean = self._mover.is_unwritten(part)
+            with self.watch.over(f"the look for writes to {part!r}", is_waited_for=False):
+                is_clean = self._mover.is_unwritten(part)
         except Exception:
             # The worker must survive; the move that gives the part up looks itself, and says what is wrong.
             _LOG.exception("failed while looking for writes to %s", part)
@@ -602,7 +663,8 @@ class Driver:
 
     def _survive(self, job: Callable[[], None], what: str) -> None:
         try:
-            job()
+            with self.watch.over(what):
+                job()
         except Exception:
             # The worker must survive; the books were closed when the order was given.
             _LOG.exception("failed while %s", what)
@@ -623,8 +685,22 @@ def own_copy(error: Exception) -> Exception:
 
 
 def _caused(error: Exception, cause: BaseException) -> Exception:
-    """`error` because of `cause`, whose traceback is kept as text: as frames it would keep their tensors alive."""
-    text = "".join(traceback.format_exception(cause)).rstrip()
-    error.add_note(f"The cause, as it was raised:\n{text}")
-    error.__cause__ = cause.with_traceback(None)
+    """`error` because of `cause`."""
+    error.__cause__ = cause
+    return _without_frames(error)
+
+
+def _without_frames(error: Exception) -> Exception:
+    """The same error, the traceback of its cause kept as text: as frames it would keep their tensors alive.
+
+    The error of a load is remembered until the next one; what the loader had built by then must not be.
+    """
+    if error.__cause__ is not None:
+        text = "".join(traceback.format_exception(error.__cause__)).rstrip()
+        error.add_note(f"The cause, as it was raised:\n{text}")
+    left: list[BaseException] = [error]
+    while left:
+        each = left.pop()
+        each.__traceback__ = None
+        left += [other for other in (each.__cause__, each.__context__) if other is not None and other.__traceback__]
     return error

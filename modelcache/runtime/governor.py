@@ -129,7 +129,8 @@ class Governor:
             next_s = self._clock.now_s() + self._poll_s
 
     def _regulate(self, tier: Tier, regulator: Regulator) -> None:
-        reading = self._gauge.read(tier)
+        with self._driver.watch.over(f"the reading of the memory under budgets.{tier}", is_waited_for=False):
+            reading = self._gauge.read(tier)
         if reading is None or not self._driver.is_sound:
             return
         now_s = self._clock.now_s()

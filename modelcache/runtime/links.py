@@ -27,7 +27,12 @@ class Link:
         """Queue a job. Called by one thread only."""
         if len(self._workers) < self._num_workers:
             number = len(self._workers)
-            self._workers.append(self._pool.spawn(f"modelcache-{self._name}-{number}", self._work))
+            try:
+                self._workers.append(self._pool.spawn(f"modelcache-{self._name}-{number}", self._work))
+            except RuntimeError:
+                # The system has no thread left. Those that there are do all of the work, if there are any.
+                if not self._workers:
+                    raise
         self._jobs.put(job)
 
     def _work(self) -> None:

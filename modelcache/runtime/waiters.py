@@ -41,12 +41,22 @@ class Waiter:
         """Stop waiting: `LEFT`, or the answer that came first and is the caller's to deal with."""
         return self._box.setdefault("answer", LEFT)
 
+    @property
+    def is_answered(self) -> bool:
+        """Nobody waits here any more."""
+        return "answer" in self._box
+
     def result(self) -> Any:
-        """The answer, raised if it is an error. Call it after the wake-up."""
-        answer = self._box["answer"]
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
+        """The answer, raised if it is an error. Call it once, after the wake-up."""
+        # An error refers to the frames of its caller, and what they hold. Were it still referred to from here, or by a
+        # frame, all of that would stay until the garbage collector came by.
+        answer, self._box["answer"] = self._box["answer"], None
+        try:
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer
+        finally:
+            del answer
 
 
 def blocking(ticket: int, asked_s: float, event: Event) -> Waiter:

@@ -8,6 +8,7 @@ import threading
 import pytest
 from benches import Bench, Call
 
+from modelcache.core.cycles import name_of
 from modelcache.core.messages import WantCopy, WantLease, WantRoom
 from modelcache.errors import (
     CacheClosedError,
@@ -17,7 +18,7 @@ from modelcache.errors import (
     MoveError,
 )
 from modelcache.lease import Lease
-from modelcache.runtime.driver import _caused, name_of, own_copy
+from modelcache.runtime.driver import _caused, own_copy
 from modelcache.runtime.gate import Gate
 from modelcache.testing import FakeModel
 from modelcache.tier import Tier

@@ -1,0 +1,58 @@
+"""What was to be given up stays: whoever counted on its room does not, and it is asked again after a while."""
+
+from __future__ import annotations
+
+from scenes import Scene, error_of, got, model
+
+from modelcache.core.machine import LEFT_ALONE_S, Budgets
+from modelcache.core.messages import WantCopy
+from modelcache.errors import BudgetExhaustedError, DeviceMemoryError, MoveError
+from modelcache.tier import Tier
+
+
+def test_what_was_to_move_into_the_room_of_another_stays_when_that_stays():
+    scene = Scene(
+        Budgets(ram=90, vram=70, disk=40),
+        model("a", 10, 10, 10),
+        model("b", 10, 10),
+        model("c", 10, 10, 10, readable=False),
+        model("d", 10, 10, 10, 10),
+    )
+    scene.ask(WantCopy("c", Tier.RAM))
+    scene.settle()
+    scene.use("a", "b")
+    scene.lease("d")
+    while "c" not in scene.moves:
+        assert scene.step()
+    scene.move_fails("c", MoveError("c", "ram", "disk", "no space left on the device"))
+    # The device refuses d although the books have room, so others must go: b into the RAM that a gives up.
+    while "d" not in scene.moves or scene.machine.books.parts["d"].is_cold:
+        assert scene.step()
+    assert scene.where("d") == (0, 0)
+    scene.move_fails("d", DeviceMemoryError("d", "sim:0", 40, 0))
+    waits = [name for name in scene.machine.flights.pending if scene.machine.books.parts[name].flight.needs.ram]
+    assert waits == ["b"], {n: scene.where(n) for n in "abcd"}
+    for part in list(scene.moves):
+        scene.writes_are_kept(part)
+    scene.settle()
+    scene.machine.validate()
+
+
+def test_what_could_not_be_given_up_is_asked_again_after_a_while():
+    scene = Scene(Budgets(ram=30, vram=20, disk=20), model("a", 20, readable=False), model("b", 20))
+    scene.use("a")
+    refused = scene.lease("b")
+    while "a" not in scene.moves:
+        assert scene.step()
+    while "a" in scene.moves:
+        scene.move_fails("a", MoveError("a", "ram", "disk", "no space left on the device"))
+        if not scene.moves:
+            scene.settle()
+    assert isinstance(error_of(refused), BudgetExhaustedError)
+    again = scene.lease("b")
+    scene.settle()
+    assert isinstance(error_of(again), BudgetExhaustedError)
+    scene.at(scene.now_s + LEFT_ALONE_S)
+    served = scene.lease("b")
+    scene.settle()
+    assert got(served)
