@@ -34,17 +34,19 @@ BITS_OF = MappingProxyType(
 )
 
 _W = r"[ \t\n\r]*+"
+_V = r"[ \t\n\r]{0,64}+"  # as common writers use it
 _INT = r"(?:0|[1-9][0-9]{0,19})"
 _SPACE = re.compile(_W)
+_PADDING = re.compile(" *+")
 _COLON = re.compile(f"{_W}:{_W}")
 _NEXT = re.compile(f"{_W}([,}}])")
 _STRING = re.compile(r'"((?:[^"\\\x00-\x1f]|\\.){0,6144}+)"')
 _LONG_STRING = re.compile(r'"([^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+)"')
 # One entry as every common writer puts it. What does not match is parsed slowly, and refused or accepted there.
 _ENTRY = re.compile(
-    rf'"([^"\\\x00-\x1f]{{1,1024}})"{_W}:{_W}\{{{_W}"dtype"{_W}:{_W}"([A-Z0-9_]{{1,16}})"{_W},'
-    rf'{_W}"shape"{_W}:{_W}\[{_W}((?:{_INT}{_W},{_W}){{0,31}}{_INT}{_W}|)\]{_W},'
-    rf'{_W}"data_offsets"{_W}:{_W}\[{_W}({_INT}){_W},{_W}({_INT}){_W}\]{_W}\}}'
+    rf'"([^"\\\x00-\x1f]{{1,1024}})"{_V}:{_V}\{{{_V}"dtype"{_V}:{_V}"([A-Z0-9_]{{1,16}})"{_V},'
+    rf'{_V}"shape"{_V}:{_V}\[{_V}((?:{_INT}{_V},{_V}){{0,31}}{_INT}{_V}|)\]{_V},'
+    rf'{_V}"data_offsets"{_V}:{_V}\[{_V}({_INT}){_V},{_V}({_INT}){_V}\]{_V}\}}'
 )
 
 
@@ -118,7 +120,8 @@ class HeaderParser:
                 if found.group(1) == "}":
                     break
                 position = self._skip_space(position)
-        if text[position:].strip(" "):
+        position = _PADDING.match(text, position).end()  # type: ignore[union-attr]  # it matches nothing as well
+        if position != len(text):
             raise Refused(f"text follows the header's last '}}': {text[position : position + 20]!r}. Not loaded.")
         self._check_layout()
         return self._tensors, self._metadata or {}

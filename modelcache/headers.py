@@ -28,6 +28,7 @@ __all__ = [
     "listing",
     "model_files",
     "model_headers",
+    "part_of",
     "read_header",
     "read_json",
     "regular_file",
@@ -37,6 +38,8 @@ __all__ = [
 
 MAX_INDEX_BYTES = 16 * 2**20
 MAX_CONFIG_BYTES = 2**20
+_MAX_FILE_NAME_BYTES = 255
+_MAX_PATH_BYTES = 1024  # of what a file names, beneath the folder that it is in
 _INDEX_SUFFIX = ".safetensors.index.json"
 _STEMS = ("model", "diffusion_pytorch_model")
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
@@ -273,19 +276,37 @@ def weight_places(folder_or_file: Path | str, *, name: str = "") -> tuple[Path, 
     if (modules := place / "modules.json").is_file():
         listed = read_json(modules, name=name)
         parts = [part.get("path") for part in listed if isinstance(part, dict)] if isinstance(listed, list) else []
-        places += [place / part for part in parts if isinstance(part, str) and part]
+        places += [part_of(place, part, name=name) for part in parts if isinstance(part, str) and part]
     elif (pipeline := place / "model_index.json").is_file():
         listed = read_json(pipeline, name=name)
-        places += [place / part for part in listed if isinstance(part, str)] if isinstance(listed, dict) else []
+        places += [part_of(place, part, name=name) for part in listed] if isinstance(listed, dict) else []
     if len(places) == 1:
         return (place,)
-    for part in places[1:]:
-        if place.resolve() not in part.resolve().parents:
-            raise WeightsError(name, str(place), f"its list of parts names {str(part)!r}, outside the folder.")
-    with_weights = tuple(part for part in places if part.is_dir() and any(part.glob("*.safetensors")))
+    once = {part.resolve(): part for part in reversed(places)}
+    with_weights = tuple(part for part in reversed(once.values()) if part.is_dir() and any(part.glob("*.safetensors")))
     if not with_weights:
         raise WeightsError(name, str(place), _no_file(place, "model.safetensors"))
     return with_weights
+
+
+def part_of(folder: Path, part: str, *, name: str = "") -> Path:
+    """The folder of a part that a file in `folder` names; it may be `folder` itself, and need not exist.
+
+    Raises:
+        WeightsError: It is outside of `folder`, also by way of links, or what is named is no path.
+    """
+    is_path = part.isprintable() and len(part.encode()) <= _MAX_PATH_BYTES
+    if not is_path or any(len(each.encode()) > _MAX_FILE_NAME_BYTES for each in part.split("/")):
+        raise WeightsError(name, str(folder), f"its list of parts names {_short(part)}, which is no path.")
+    found = folder / part
+    try:
+        root, place = folder.resolve(), found.resolve()
+        is_inside = place == root or root in place.parents
+    except (OSError, RuntimeError):  # links in a circle
+        is_inside = False
+    if not is_inside:
+        raise WeightsError(name, str(folder), f"its list of parts names {_short(str(found))}, outside the folder.")
+    return found
 
 
 def read_json(path: Path, *, name: str = "", max_bytes: int = MAX_CONFIG_BYTES) -> object:
@@ -321,14 +342,22 @@ def _weight_map(index: Path, name: str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(name, str(index), "has no 'weight_map' of tensor names to files. Get it again.")
     for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or not shard.isprintable():
-            raise WeightsError(name, str(index), f"names {shard!r}, which is no .safetensors file.", str(tensor))
+        is_name = isinstance(shard, str) and shard.isprintable() and len(shard.encode()) <= _MAX_FILE_NAME_BYTES
+        if not is_name or not shard.endswith(".safetensors"):
+            raise WeightsError(name, str(index), f"names {_short(shard)}, which is no .safetensors file.", tensor[:80])
         if "/" in shard or "\\" in shard or shard.startswith("."):
-            raise WeightsError(name, str(index), f"names {shard!r}, outside its folder; not loaded.", str(tensor))
+            raise WeightsError(name, str(index), f"names {_short(shard)}, outside its folder; not loaded.", tensor[:80])
     for shard in sorted(set(weight_map.values())):
         if not (index.parent / shard).exists():
             raise WeightsError(name, str(index), f"shard {shard!r} is missing. {listing(index.parent)}")
     return weight_map
+
+
+def _short(value: object) -> str:
+    """A value from a file as a message may carry it."""
+    if not isinstance(value, str):
+        return json.dumps(value)[:80]
+    return repr(value if len(value) <= 80 else value[:77] + "...")
 
 
 def _index_of(place: Path, headers: Sequence[Header]) -> Path | None:

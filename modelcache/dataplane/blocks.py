@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from threading import Lock
+from threading import Event, Lock
 
 import torch
 
@@ -41,7 +41,7 @@ class RamPiece:
         key: Of this piece among all.
     """
 
-    __slots__ = ("_owner", "_pages", "in_background", "is_released", "key", "memory", "size_bytes")
+    __slots__ = ("_owner", "_pages", "in_background", "is_released", "key", "left", "memory", "size_bytes")
 
     def __init__(self, pages: Pages, payload_bytes: int, key: int) -> None:
         self._pages: Pages | None = pages
@@ -50,7 +50,8 @@ class RamPiece:
         self._owner: ctypes.Array[ctypes.c_char] | None = (ctypes.c_char * pages.size_bytes).from_buffer(pages.mapping)
         self.size_bytes = pages.size_bytes
         self.key = key
-        self.in_background = self.is_released = False  # both guarded by the lock of the blocks
+        self.in_background = self.is_released = False  # both guarded by the lock of the blocks, and `left` as well
+        self.left: Event | None = None  # set when the background has let it go, for whoever gives it up meanwhile
         self.memory: torch.Tensor = torch.frombuffer(self._owner, dtype=torch.uint8, count=payload_bytes)
 
     @property
@@ -196,11 +197,16 @@ class RamBlocks:
         return piece
 
     def release(self, piece: RamPiece) -> None:
-        """Give a piece up. No copy that reads or writes it may still be under way."""
+        """Give a piece up. No copy that reads or writes it may still be under way.
+
+        Its memory may be another one's after this, so the background is waited for, which is done with it in a moment.
+        """
         with self._lock:
             piece.is_released = True
             if piece.in_background:
-                return  # whoever is at it sees that and ends it
+                piece.left = Event()
+        if piece.left is not None:
+            piece.left.wait()
         self._end(piece)
 
     def close(self) -> None:
@@ -311,9 +317,8 @@ class RamBlocks:
         finally:
             with self._lock:
                 piece.in_background = False
-                is_released = piece.is_released
-            if is_released:
-                self._end(piece)
+            if piece.left is not None:
+                piece.left.set()
 
     # --- page-locking ---
 

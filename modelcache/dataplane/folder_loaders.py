@@ -2,7 +2,7 @@
 
 A folder is data from elsewhere. Only safetensors files are read, each header is checked before the library sees it, and
 nothing that the folder says runs code or reaches the network: the configuration files are searched for the keys that
-would, and the libraries are told so as well.
+would (`folder_checks.py`), and the libraries are told so as well.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from modelcache.dataplane.adapters import modules_of, named_tensors
+from modelcache.dataplane.folder_checks import checked_config, checked_headers, checked_parts, refuse_changed
 from modelcache.dataplane.image import View, WeightImage
 from modelcache.dataplane.image_format import Described
 from modelcache.dataplane.kept_images import KeptImages
@@ -27,32 +28,11 @@ from modelcache.dataplane.source import Built, Keepable, Source
 from modelcache.dataplane.weight_files import torch_dtype
 from modelcache.dataplane.weights import JoinedSource, KeptSource, RebuildSource, SafetensorsSource
 from modelcache.errors import LoaderError, WeightsError
-from modelcache.headers import Header, listing, model_headers, read_json, weight_places
+from modelcache.headers import Header, listing
 from modelcache.spec import ModelSpec
 
 _log = logging.getLogger("modelcache.dataplane")
 
-# Keys of model configurations that make libraries import or download code, and may come only from the caller.
-_CODE_KEYS = frozenset({"trust_remote_code", "custom_pipelines", "custom_pipeline"})
-# The underscored keys that libraries write into configurations. Any other is refused: several were ways to run code.
-_PLAIN_KEYS = frozenset(
-    {
-        "_name_or_path",
-        "_commit_hash",
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "_from_model_config",
-        "_sliding_window_pattern",
-        "_flash_attn_2_enabled",
-        "_class_name",
-        "_diffusers_version",
-        "_module_class",
-        "_type",
-    }
-)
-# Tables whose keys are the author's words.
-_LABELS = frozenset({"label2id", "id2label"})
-_MAX_DEPTH = 64
 # Tensors in no file are kept in memory up to this size, or this fraction of the model if that is more.
 _KEPT_BYTES = 1 << 20
 _KEPT_FRACTION = 0.01
@@ -71,8 +51,8 @@ def load_transformers(spec: ModelSpec, options: Mapping[str, object], kept: Kept
         WeightsError: The folder or its weights are missing, damaged, or would run code.
     """
     folder = _folder(spec, options)
-    headers = _checked_headers(spec, folder)
-    config = _checked_config(spec, folder / "config.json")
+    headers = checked_headers(spec.name, folder)
+    config = checked_config(spec.name, folder / "config.json")
     if options.get("task") is not None and options.get("model") is not None:
         raise _error(spec, "has both a task and a model class; a task chooses the class, leave one of them out")
     drawn: set[str] = set()
@@ -109,6 +89,7 @@ def load_transformers(spec: ModelSpec, options: Mapping[str, object], kept: Kept
             keepable = Keepable(origin, _about(found.about), partial(_rebuild, folder, found.about), found)
             return Built(around, rebuilding(named_tensors(around)), keepable)
     model = calling_library(spec, load)
+    refuse_changed(spec.name, headers)
     source, is_direct = _source(spec, model, headers, rebuilding, drawn)
     if kept is not None and origin is not None and _origin(spec, options, folder, headers, kept) != origin:
         _log.warning("%s changed while model=%s was loaded: no image of it is kept", folder, spec.name)
@@ -204,12 +185,7 @@ def load_sentence_transformers(spec: ModelSpec, options: Mapping[str, object], k
     """
     del kept  # more goes into such a model than can be told from its folder
     folder = _folder(spec, options)
-    headers = _checked_headers(spec, folder)
-    for path in sorted({*folder.glob("*.json"), *folder.glob("*/*.json")}):
-        if path.name in {"modules.json", "router_config.json", "config.json"} or path.name.startswith(
-            ("config_", "sent")
-        ):
-            _checked_config(spec, path)
+    headers = checked_parts(spec.name, folder)
 
     def load() -> object:
         try:
@@ -228,6 +204,7 @@ def load_sentence_transformers(spec: ModelSpec, options: Mapping[str, object], k
         return RebuildSource(again, frozenset(names), model_name=spec.name, loader=str(spec.loader))
 
     model = calling_library(spec, load)
+    refuse_changed(spec.name, headers)
     return Built(model, _source(spec, model, headers, rebuilding, set())[0])
 
 
@@ -317,43 +294,6 @@ def _folder(spec: ModelSpec, options: Mapping[str, object]) -> Path:
 def _no_folder(folder: Path) -> str:
     near = "" if not folder.parent.is_dir() else f" {str(folder.parent)!r} exists. {listing(folder.parent)}"
     return f"there is no such folder, and nothing is downloaded: give the folder of a local copy.{near}"
-
-
-def _checked_headers(spec: ModelSpec, folder: Path) -> tuple[Header, ...]:
-    places = weight_places(folder, name=spec.name)
-    return tuple(header for place in places for header in model_headers(place, name=spec.name))
-
-
-def _checked_config(spec: ModelSpec, path: Path) -> Mapping[str, object]:
-    """A configuration file that names no code."""
-    content = read_json(path, name=spec.name)
-    _refuse_code(spec, path, content)
-    return content if isinstance(content, Mapping) else {}
-
-
-def _refuse_code(spec: ModelSpec, path: Path, value: object, depth: int = 0) -> None:
-    if depth > _MAX_DEPTH:
-        raise WeightsError(spec.name, str(path), f"nested deeper than {_MAX_DEPTH} levels; this is no configuration.")
-    inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-    for key, each in inner:
-        if isinstance(key, str) and _can_run_code(path, key, each):
-            raise WeightsError(
-                spec.name,
-                str(path),
-                f"sets {key!r} to {str(each)[:60]!r}, which can make a library run code from elsewhere; not loaded. "
-                "Remove the key, or load the folder in a loader of your own if you trust its author.",
-            )
-        if key not in _LABELS:
-            _refuse_code(spec, path, each, depth + 1)
-
-
-def _can_run_code(path: Path, key: str, value: object) -> bool:
-    if key in _CODE_KEYS or (key.startswith("_") and not key.startswith("__") and key not in _PLAIN_KEYS):
-        return True
-    if key in {"_attn_implementation", "attn_implementation"}:
-        return "/" in str(value)  # a repository of kernels, fetched and run
-    # The list of parts of a sentence-transformers model names the classes to import.
-    return path.name == "modules.json" and key == "type" and not str(value).startswith("sentence_transformers.")
 
 
 def _model_class(spec: ModelSpec, options: Mapping[str, object], config: Mapping[str, object]) -> Any:

@@ -7,9 +7,12 @@ nothing. `then` is called in that step, and undone with it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
-from modelcache.dataplane.copies import Copy, Done, NewCopies, Tiers, give_up, ram_copy
+import torch
+
+from modelcache.dataplane.copies import Copy, Done, NewCopies, Tiers, give_up
+from modelcache.dataplane.fingerprint import CHUNK_BYTES
 from modelcache.dataplane.image_files import ImageFile
 from modelcache.dataplane.parts import Part
 from modelcache.dataplane.written import believed, changed, print_of
@@ -122,33 +125,34 @@ def _spill(part: Part, prints: dict[int, int], last: list[Copy], tiers: Tiers, t
 def _write_file(
     part: Part, prints: dict[int, int], last: list[Copy], tiers: Tiers, tell: Tell
 ) -> tuple[ImageFile, int]:
-    """Segment by segment; what only VRAM holds passes through one RAM piece at a time."""
+    """Segment by segment; what VRAM holds passes through a small buffer, for RAM may have no room for it."""
     if tiers.files is None:
         raise _not_evictable(part, "there is no directory for image files; set one, or keep the model in RAM")
     copied = 0
-    passing: list[Copy] = []
 
-    def segment(index: int) -> memoryview:
+    def segment(index: int) -> Iterator[memoryview]:
         nonlocal copied
-        while passing:
-            give_up(tiers, passing.pop())
         copy = last[index]
-        if copy.piece is None:
-            passing.append(ram_copy(tiers, part.image, index))
-            tiers.device.copy_out(passing[0].memory, copy.memory).wait()
-            copied += copy.memory.numel()
-            copy = passing[0]
-        assert copy.piece is not None
-        copied += copy.memory.numel()
-        tell(copy.memory.numel())
-        return copy.piece.buffer()
+        size_bytes = copy.memory.numel()
+        if copy.piece is not None:
+            yield copy.piece.buffer()
+        else:
+            yield from _passing(copy, tiers)
+            copied += size_bytes
+        copied += size_bytes
+        tell(size_bytes)
 
-    try:
-        file = tiers.files.write(part.contents, [prints[s] for s in range(part.num_segments)], segment)
-    finally:
-        while passing:
-            give_up(tiers, passing.pop())
+    file = tiers.files.write(part.contents, [prints[s] for s in range(part.num_segments)], segment)
     return file, copied
+
+
+def _passing(copy: Copy, tiers: Tiers) -> Iterator[memoryview]:
+    size_bytes = copy.memory.numel()
+    buffer = torch.empty(min(CHUNK_BYTES, size_bytes), dtype=torch.uint8, device="cpu")
+    for start in range(0, size_bytes, CHUNK_BYTES):
+        stop = min(start + CHUNK_BYTES, size_bytes)
+        tiers.device.copy_out(buffer[: stop - start], copy.memory[start:stop]).wait()
+        yield buffer[: stop - start].numpy().data
 
 
 def _settle_on_a_holder(part: Part, prints: dict[int, int], tiers: Tiers) -> bool:

@@ -16,15 +16,13 @@ import hashlib
 import os
 import secrets
 import shutil
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 
 from modelcache.dataplane import image_format
-from modelcache.dataplane.image import WeightImage
 from modelcache.dataplane.image_directory import OwnDirectory
-from modelcache.dataplane.image_format import Contents, ImageFile, UnusableError, write_all
+from modelcache.dataplane.image_format import Contents, ImageFile, UnusableError, add_checksums, write_all
 from modelcache.dataplane.image_reading import DamagedError, damaged_storages, read_segments
 from modelcache.dataplane.kept_images import KeptImages
 from modelcache.errors import MoveError, WeightsError
@@ -62,13 +60,15 @@ class ImageFiles:
         """What the file of these contents takes, to the byte."""
         return image_format.size_bytes(contents)
 
-    def write(self, contents: Contents, prints: Sequence[int], segment: Callable[[int], memoryview]) -> ImageFile:
+    def write(
+        self, contents: Contents, prints: Sequence[int], segment: Callable[[int], Iterable[memoryview]]
+    ) -> ImageFile:
         """Write a part's file, replacing an earlier one when complete.
 
         Args:
             contents: What is written.
             prints: The fingerprint of each segment.
-            segment: Gives the bytes of segment i; called once for each, in order.
+            segment: Gives the bytes of segment i, in pieces; called once for each, in order.
 
         Raises:
             MoveError: The directory or the file could not be written; an earlier file is as it was.
@@ -151,7 +151,7 @@ class ImageFiles:
         final: Path,
         contents: Contents,
         prints: Sequence[int],
-        segment: Callable[[int], memoryview],
+        segment: Callable[[int], Iterable[memoryview]],
     ) -> ImageFile:
         offset = image_format.data_offset(contents)
         checksums = [0] * len(contents.image.storages)
@@ -159,10 +159,12 @@ class ImageFiles:
         try:
             os.lseek(descriptor, offset, os.SEEK_SET)
             for index, place in enumerate(contents.image.segments):
-                with segment(index) as data:
-                    for storage in place.storages:
-                        checksums[storage] = zlib.crc32(_range_of(data, contents.image, storage))
-                    write_all(descriptor, data, self._write)
+                start = 0
+                for data in segment(index):
+                    with data:
+                        add_checksums(checksums, contents.image, place, start, data)
+                        write_all(descriptor, data, self._write)
+                        start += len(data)
             os.lseek(descriptor, 0, os.SEEK_SET)
             write_all(descriptor, memoryview(image_format.header(contents, prints, checksums, offset)), self._write)
             os.fsync(descriptor)
@@ -178,11 +180,6 @@ class ImageFiles:
         else:
             problem = f"{path}: cannot be written: {error.strerror or error}"
         return MoveError(contents.model, "ram", "disk", problem)
-
-
-def _range_of(data: memoryview, image: WeightImage, storage: int) -> memoryview:
-    place = image.storages[storage]
-    return data[place.offset_bytes : place.offset_bytes + place.size_bytes]
 
 
 def _sync_directory(directory: Path) -> None:

@@ -110,6 +110,15 @@ def has_magic(descriptor: int) -> bool:
     return os.pread(descriptor, len(MAGIC), 0) == MAGIC
 
 
+def add_checksums(checksums: list[int], image: WeightImage, segment: Segment, start: int, chunk: memoryview) -> None:
+    """Go on with the CRC-32 of the storages that this chunk of a segment, from its byte `start`, has a part of."""
+    for storage in segment.storages:
+        place = image.storages[storage]
+        first, last = place.offset_bytes - start, place.offset_bytes + place.size_bytes - start
+        if first < len(chunk) and last > 0:
+            checksums[storage] = zlib.crc32(chunk[max(first, 0) : last], checksums[storage])
+
+
 def write_all(descriptor: int, data: memoryview, write: Callable[[int, memoryview], int] = os.write) -> None:
     """Write all of it where the file is, however little each call takes."""
     done = 0
@@ -136,7 +145,7 @@ def describe(descriptor: int, path: Path) -> Described:
         raise UnusableError("is damaged: the checksum of its manifest does not match")
     try:
         found = _understood(json.loads(manifest), path, found_bytes, _PREFIX.size + length)
-    except (ValueError, TypeError, KeyError, LookupError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         raise UnusableError(f"has a manifest that cannot be understood: {error!r}") from error
     if found.file.data_offset + found.image.size_bytes != found_bytes:
         raise UnusableError(f"is truncated: it has {found_bytes:,} bytes")
@@ -154,12 +163,15 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
 def _understood(manifest: Any, path: Path, found_bytes: int, offset: int) -> Described:
     if manifest["version"] != VERSION:
         raise ValueError(f"version {manifest['version']}")
-    storages = tuple(StorageRange(each["segment"], each["offset"], each["size"]) for each in manifest["storages"])
+    storages = tuple(
+        StorageRange(_count(each["segment"]), _count(each["offset"]), _count(each["size"]))
+        for each in manifest["storages"]
+    )
     of_segment: list[list[int]] = [[] for _ in manifest["segments"]]
     for index, place in enumerate(storages):
         of_segment[place.segment].append(index)
     segments = tuple(
-        Segment(each["offset"], each["size"], range(indices[0], indices[-1] + 1))
+        Segment(_count(each["offset"]), _count(each["size"]), range(indices[0], indices[-1] + 1))
         for each, indices in zip(manifest["segments"], of_segment, strict=True)
     )
     file = ImageFile(
@@ -171,14 +183,25 @@ def _understood(manifest: Any, path: Path, found_bytes: int, offset: int) -> Des
         is_kept=True,
     )
     views = tuple({name: _view(*view) for name, view in each["tensors"].items()} for each in manifest["storages"])
+    for place, tensors in zip(storages, views, strict=True):
+        if place.offset_bytes + place.size_bytes > segments[place.segment].size_bytes:
+            raise ValueError("a storage beyond its segment")
+        if any(view.offset_bytes + view.extent_bytes > place.size_bytes for view in tensors.values()):
+            raise ValueError("a tensor beyond its storage")
     return Described(file, WeightImage(storages, segments), views, manifest["about"])
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{str(value)[:40]} is no size")
+    return value
 
 
 def _view(dtype: str, shape: list[int], stride: list[int], offset_bytes: int) -> View:
     found = getattr(torch, dtype.removeprefix("torch."))
     if not isinstance(found, torch.dtype):
         raise TypeError(f"{dtype!r} is no dtype")
-    return View(found, tuple(shape), tuple(stride), offset_bytes)
+    return View(found, tuple(map(_count, shape)), tuple(map(_count, stride)), _count(offset_bytes))
 
 
 def _manifest(

@@ -9,7 +9,6 @@ nobody can use any more.
 from __future__ import annotations
 
 import logging
-import zlib
 from collections import deque
 from collections.abc import Callable
 from threading import Event, Lock, Thread
@@ -18,8 +17,7 @@ import numpy as np
 import torch
 
 from modelcache.dataplane.fingerprint import CHUNK_BYTES, joined, sums_of
-from modelcache.dataplane.image import Segment, WeightImage
-from modelcache.dataplane.image_format import Contents, Described
+from modelcache.dataplane.image_format import Contents, Described, add_checksums
 from modelcache.dataplane.kept_images import AbandonedError, KeptImages
 from modelcache.dataplane.loaded import LoadedModel
 from modelcache.dataplane.parts import Part, point
@@ -162,7 +160,7 @@ class Keeper:
             for start in range(0, segment.size_bytes, CHUNK_BYTES):
                 chunk = buffer[: min(CHUNK_BYTES, segment.size_bytes - start)]
                 self._take(part, index, start, chunk)
-                _add_checksums(checksums, part.image, segment, start, chunk.data)
+                add_checksums(checksums, part.image, segment, start, chunk.data)
                 sums += sums_of(torch.from_numpy(chunk))
                 write(chunk.data)
             prints.append(joined(segment.size_bytes, sums))
@@ -189,12 +187,3 @@ def _lie_in(part: Part, found: Described) -> None:
     part.file = found.file
     part.with_loader = [False] * part.num_segments
     part.original, part.reference = list(found.file.prints), list(found.file.prints)
-
-
-def _add_checksums(checksums: list[int], image: WeightImage, segment: Segment, start: int, chunk: memoryview) -> None:
-    """Go on with the CRC-32 of the storages that this chunk of a segment has a part of."""
-    for storage in segment.storages:
-        place = image.storages[storage]
-        first, last = place.offset_bytes - start, place.offset_bytes + place.size_bytes - start
-        if first < len(chunk) and last > 0:
-            checksums[storage] = zlib.crc32(chunk[max(first, 0) : last], checksums[storage])

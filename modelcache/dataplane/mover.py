@@ -361,7 +361,7 @@ class TorchMover:
             if done is None:
                 then()
         except BaseException as error:
-            problem = _seen(error)
+            problem, story = _seen(error)
             # The part points at its old copies again; guards and devices follow it.
             with contextlib.suppress(Exception):
                 then()
@@ -369,7 +369,9 @@ class TorchMover:
                 raise
             if isinstance(error, torch.OutOfMemoryError):
                 raise self._out_of_memory(part, move) from error
-            raise MoveError(part.model, source, target, problem) from error
+            failure = MoveError(part.model, source, target, problem)
+            failure.add_note(f"The cause, as it was raised:\n{story}")
+            raise failure from error
         return done
 
     def _run(
@@ -537,13 +539,16 @@ def _total_bytes(part: Part, move: Move) -> int:
     return sum(segment.size_bytes for segment in moving)
 
 
-def _seen(error: BaseException) -> str:
-    """The words of an error, whose frames let go of the memory that they hold."""
+def _seen(error: BaseException) -> tuple[str, str]:
+    """The words of an error, and its traceback as text: its frames are let go, with the memory that they hold."""
+    story = "".join(traceback.format_exception(error)).rstrip()
     each: BaseException | None = error
     while each is not None:
         traceback.clear_frames(each.__traceback__)
+        # What a function made inside of one has from there is not cleared with it.
+        each.__traceback__ = None
         each = each.__cause__ or each.__context__
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error}", story
 
 
 def _is_dispatched(built: Built) -> bool:

@@ -41,7 +41,7 @@ def _closed(no_file_is_left_open):
 
 
 def write(files, contents=CONTENTS):
-    return files.write(contents, PRINTS, lambda s: memoryview(DATA[s]))
+    return files.write(contents, PRINTS, lambda s: [memoryview(DATA[s])])
 
 
 def read(files, file, segments=(0, 1)):
@@ -139,7 +139,7 @@ def test_a_large_segment_is_read_in_chunks_whether_the_system_has_it_in_memory_o
     contents = Contents("m#1", "m", lay_out(sizes, 10 << 20), tuple({} for _ in sizes))
     data = [torch.randint(256, (segment.size_bytes,), dtype=torch.uint8) for segment in contents.image.segments]
     files = opened(tmp_path)
-    file = files.write(contents, [fingerprint(each) for each in data], lambda s: memoryview(data[s].numpy()))
+    file = files.write(contents, [fingerprint(each) for each in data], lambda s: [memoryview(data[s].numpy())])
     with file.path.open("rb") as raw:
         os.fsync(raw.fileno())
         if not is_cached:
@@ -172,7 +172,7 @@ def test_an_error_while_the_bytes_are_fetched_removes_the_temporary_file(tmp_pat
     def broken(segment):
         if segment == 1:
             raise KeyboardInterrupt
-        return memoryview(DATA[segment])
+        return [memoryview(DATA[segment])]
 
     with pytest.raises(KeyboardInterrupt):
         files.write(CONTENTS, PRINTS, broken)
