@@ -6,64 +6,13 @@ import re
 from collections import Counter
 
 import pytest
+from simulation.fake_world import FakeSchedule as Schedule
+from simulation.reach import FAKE, LIVE
 from simulation.scheduler import Livelock, Scheduler
-from simulation.world import Schedule
 
 from modelcache.core.ledger import Account
 from modelcache.runtime.driver import Driver
 
-#: What one run of `test_rare_states_are_reached` must come across.
-MARKS = (
-    "load carried out",
-    "load fails",
-    "stage carried out",
-    "stage because of request",
-    "stage because of prefetch",
-    "stage fails",
-    "promote carried out",
-    "promote because of request",
-    "promote because of prefetch",
-    "promote fails",
-    "device out of memory",
-    "trim carried out",
-    "trim because of lru",
-    "trim because of pressure",
-    "trim because of explicit",
-    "trim fails",
-    "shed carried out",
-    "shed because of lru",
-    "evict carried out",
-    "evict because of lru",
-    "evict because of explicit",
-    "evict because of pressure",
-    "evict fails",
-    "drop_image carried out",
-    "forget carried out",
-    "one leased",
-    "two leased together",
-    "handle used",
-    "written to on the device",
-    "prefetch cancelled",
-    "prefetch done before its cancel",
-    "park done",
-    "evict done",
-    "free done",
-    "room reserved",
-    "resized",
-    "pinned and unpinned",
-    "unregistered",
-    "registered while its former self is leased",
-    "closed while others work",
-    "refused: BudgetExhaustedError",
-    "refused: CacheClosedError",
-    "refused: DeviceMemoryError",
-    "refused: LeaseError",
-    "refused: LeaseTimeoutError",
-    "refused: LoaderError",
-    "refused: ModelTooLargeError",
-    "refused: MoveError",
-    "refused: UnknownModelError",
-)
 #: Seeds that found something once.
 FOUND = (
     42,  # leases on several of which one was unknown were dropped open
@@ -79,9 +28,9 @@ def quiet(caplog):
     caplog.set_level("CRITICAL", logger="modelcache")
 
 
-def play(seeds: range | tuple[int, ...], marks: Counter[str] | None = None) -> None:
+def play(seeds: range | tuple[int, ...], marks: Counter[str] | None = None, *, is_live: bool = False) -> None:
     for seed in seeds:
-        Schedule(seed, marks).play()
+        Schedule(seed, marks, is_live=is_live).play()
 
 
 def test_seeds_that_found_something_once_find_nothing():
@@ -107,9 +56,27 @@ def test_a_hundred_thousand_schedules_keep_every_promise(chunk: int, figure):
 def test_rare_states_are_reached(figure):
     marks: Counter[str] = Counter()
     play(range(10_000, 11_200), marks)
-    assert not [mark for mark in MARKS if not marks[mark]]
-    figure("reach marks", "hit", len(MARKS))
+    assert not [mark for mark in FAKE if not marks[mark]]
+    figure("reach marks", "fake mover", len(FAKE))
     figure("schedules", "fake mover", 1200)
+
+
+@pytest.mark.timeout(120)
+def test_once_faults_are_healed_everything_ends_and_everybody_is_served(figure):
+    marks: Counter[str] = Counter()
+    play(range(50_000, 50_600), marks, is_live=True)
+    assert not [mark for mark in LIVE if not marks[mark]]
+    assert marks["everybody served after healing"] == 600
+    figure("reach marks", "fake mover, healed", len(LIVE))
+    figure("schedules", "fake mover, healed", 600)
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("chunk", range(20))
+def test_twenty_thousand_healed_schedules_serve_everybody(chunk: int, figure):
+    play(range(2_000_000 + chunk * 1000, 2_000_000 + chunk * 1000 + 1000), is_live=True)
+    figure("schedules", "fake mover, healed", 1000)
 
 
 def test_one_seed_is_one_schedule():
@@ -124,10 +91,10 @@ def test_one_seed_is_one_schedule():
 # --- the simulation itself must be able to fail ------------------------------------------------------------------------
 
 
-def found(seeds: range) -> str:
+def found(seeds: range, *, is_live: bool = False) -> str:
     for seed in seeds:
         try:
-            Schedule(seed).play()
+            Schedule(seed, is_live=is_live).play()
         except AssertionError as error:
             return str(error)
     pytest.fail("nothing was found")
@@ -151,6 +118,13 @@ def test_bytes_that_count_as_free_too_early_are_found(monkeypatch):
     early = property(lambda self: self.budget_bytes - self.resident_bytes - self.reserved_bytes)
     monkeypatch.setattr(Account, "free_bytes", early)
     assert re.search("takes .* bytes of|the driver met a bug|InvalidTransitionError|Assertion", found(range(500)))
+
+
+def test_what_goes_on_for_ever_after_healing_is_found(monkeypatch):
+    monkeypatch.setattr(Schedule, "heal", lambda schedule: None)
+    report = found(range(50_000, 50_200), is_live=True)
+    assert re.search(r"and nothing is in its way|more than \d+ switches", report)
+    assert "python tools/replay.py --live 50" in report
 
 
 def test_a_livelock_is_found():
