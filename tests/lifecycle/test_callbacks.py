@@ -1,0 +1,103 @@
+"""Callbacks of futures are user code: they run under no lock, and one that hangs holds nobody up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from concurrent.futures import wait
+
+import pytest
+from benches import Bench
+from lifecycle.room import Stop, until
+
+from modelcache.errors import CacheClosedError, UnknownModelError
+from modelcache.tier import Tier
+
+
+def test_a_callback_may_call_the_cache():
+    bench = Bench()
+    bench.add("a", "b")
+    seen: list[object] = []
+
+    def look(future):
+        assert not bench.pool.is_locked_here
+        seen.append(bench.cache.status().num_moving)
+        with bench.cache.get("b") as model:
+            seen.append(model)
+        seen.append(threading.current_thread().name)
+
+    bench.cache.prefetch("a", Tier.RAM).add_done_callback(look)
+    until(lambda: len(seen) == 3, "the callback is through")
+    assert seen[0] == 0
+    assert str(seen.pop()).startswith("modelcache-callback")
+    seen.clear()
+    bench.close()
+
+
+def test_a_callback_that_hangs_holds_up_no_move_and_no_other_future(caplog):
+    bench = Bench()
+    bench.add("a", "b")
+    with Stop() as stop:
+        bench.cache.prefetch("a", Tier.RAM).add_done_callback(lambda _: stop.stand())
+        stop.wait_reached()
+        bench.cache.prefetch("b", Tier.RAM).result()
+        assert wait([bench.cache.prefetch("a")], timeout=10).done
+        assert bench.cache.health().is_ready
+        with bench.cache.get("a"), bench.cache.get("b"):
+            pass
+    bench.close()
+
+
+def test_a_callback_that_raises_is_reported_and_the_next_one_runs(caplog):
+    bench = Bench()
+    bench.add("a")
+    ran = threading.Event()
+    with bench.mover.hold("stage") as hold, caplog.at_level(logging.ERROR, "modelcache"):
+        future = bench.cache.prefetch("a", Tier.RAM)
+        assert hold.wait_reached()
+        future.add_done_callback(lambda _: 1 / 0)
+        future.add_done_callback(lambda _: ran.set())
+        hold.release()
+        assert ran.wait(10)
+    assert "a callback of a prefetch failed" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+    bench.close()
+
+
+def test_a_future_that_is_done_or_cancelled_calls_back_at_once_on_the_callers_thread():
+    bench = Bench()
+    bench.add("a", "b")
+    here: list[bool] = []
+    me = threading.get_ident()
+    future = bench.cache.prefetch("a", Tier.RAM)
+    future.result()
+    future.add_done_callback(lambda f: here.append(f is future and threading.get_ident() == me))
+    with bench.mover.hold("stage") as hold:
+        other = bench.cache.prefetch("b")
+        assert hold.wait_reached()
+        other.add_done_callback(lambda f: here.append(f.cancelled() and threading.get_ident() == me))
+        assert other.cancel()
+        assert here == [True, True]
+    bench.close()
+
+
+def test_a_future_can_be_awaited_and_ends_with_its_cache():
+    bench = Bench()
+    bench.add("a", "b")
+
+    async def main():
+        await asyncio.wrap_future(bench.cache.prefetch("a", Tier.RAM))
+        with bench.mover.hold("stage") as hold:
+            future = asyncio.wrap_future(bench.cache.prefetch("b"))
+            assert hold.wait_reached()
+            closing = asyncio.create_task(bench.cache.aclose())
+            with pytest.raises(CacheClosedError):
+                await future
+            hold.release()
+            await closing
+
+    asyncio.run(main())
+    with pytest.raises((CacheClosedError, UnknownModelError)):
+        bench.cache.prefetch("a")
+    bench.close()

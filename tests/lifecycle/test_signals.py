@@ -1,0 +1,183 @@
+"""Ctrl-C reaches whoever waits, and nobody else: the cache is as it was, and closes as ever."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from benches import Call
+from interrupts import interrupted
+from lifecycle.room import Footprint, Room, Stop, until
+
+from modelcache.errors import CacheClosedError
+from modelcache.tier import Tier
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """SIGINT means what it means in a script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def pressed_once(fact: Callable[[], bool]) -> Call:
+    """Press Ctrl-C when something has come to be."""
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def press() -> None:
+        until(fact, "the moment for Ctrl-C")
+        signal.pthread_kill(main, signal.SIGINT)
+
+    return Call(press, "keyboard")
+
+
+def is_unharmed(room: Room, *names: str) -> bool:
+    """The books balance, nobody waits, and every model can be had."""
+    room.pool.settle()
+    gc.collect()
+    room.pool.settle()
+    assert room.cache.status().num_waiting == 0
+    assert all(model.num_leases == 0 for model in room.cache.status().models)
+    room.cache._driver.look(lambda machine: machine.validate())
+    return all(room.answers_right(name) for name in names) and room.cache.health().is_ready
+
+
+def test_ctrl_c_while_waiting_for_a_lease_is_the_callers_alone(room_of):
+    room = room_of(vram=1)
+    room.add("a", "b")
+    lease = Call(lambda: room.cache.lease_many("a")).result()
+    other = Call(lambda: room.cache.lease_many("b"))
+    key = pressed_once(lambda: room.cache.status().num_waiting == 2)
+    with pytest.raises(KeyboardInterrupt):
+        room.cache.get("b")
+    key.result()
+    assert other.thread.is_alive(), "somebody else was interrupted as well"
+    lease.close()
+    other.result().close()
+    other.value = None
+    assert is_unharmed(room, "a", "b")
+
+
+def test_ctrl_c_while_a_model_is_loaded_lets_the_load_end(room_of):
+    room = room_of()
+    with Stop() as stop:
+        room.add("a", at=stop)
+        key = pressed_once(stop.reached.is_set)
+        with pytest.raises(KeyboardInterrupt):
+            room.cache.get("a")
+        key.result()
+    assert is_unharmed(room, "a")
+    # The load that was begun for nobody was used.
+    assert [event.model for event in room.cache.events()].count("a") == 2
+
+
+@pytest.mark.parametrize("what", ["evict", "reserve", "prefetch", "unregister", "resize"])
+def test_ctrl_c_in_the_middle_of_a_move_lets_it_land(room_of, what):
+    room = room_of()
+    room.add("a", reload=False)
+    room.add("b")
+    room.use("a")
+    stop = room.hold_writes()
+    key = pressed_once(stop.reached.is_set)
+
+    def reserve() -> None:
+        with room.cache.reserve(ram="28KiB"):
+            raise AssertionError("there is no room yet")
+
+    acts = {
+        "evict": lambda: room.cache.evict("a"),
+        "reserve": lambda: (room.cache.resize(ram="32KiB"), reserve()),
+        "prefetch": lambda: (Call(lambda: room.cache.evict("a")), room.cache.prefetch("a").result()),
+        "unregister": lambda: (Call(lambda: room.cache.evict("a")), stop.wait_reached(), room.cache.unregister("a")),
+        "resize": lambda: (Call(lambda: room.cache.evict("a")), room.cache.resize(ram=4096), Stop().stand()),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        acts[what]()
+    key.result()
+    stop.release()
+    room.cache.resize(ram=1 << 20)
+    assert is_unharmed(room, *(() if what == "unregister" else "a"), "b")
+
+
+def test_a_storm_of_ctrl_c_harms_nobody(room_of):
+    room = room_of(vram=1)
+    room.add("a", "b", "c")
+    main, over = threading.main_thread().ident, threading.Event()
+    assert main is not None
+    pause = threading.Event()
+
+    def press() -> None:
+        for _ in range(40):
+            pause.wait(0.003)
+            signal.pthread_kill(main, signal.SIGINT)
+        over.set()
+
+    keyboard = threading.Thread(target=press, name="keyboard")
+    num_struck = 0
+    try:
+        keyboard.start()
+        while not over.is_set():
+            try:
+                for name in "abc":
+                    with room.cache.get(name) as model:
+                        model(torch.ones(1, 32, device=room.device.name))
+                    del model
+            except KeyboardInterrupt:
+                num_struck += 1
+    finally:
+        while keyboard.is_alive():
+            try:
+                keyboard.join()
+            except KeyboardInterrupt:
+                num_struck += 1
+    assert num_struck
+    assert is_unharmed(room, "a", "b", "c")
+
+
+def close_interrupted(room: Room, after: int) -> bool:
+    """Interrupt `close` after so many bytecodes, then close again; whether it came to that."""
+    room.add("a", reload=False)
+    room.add("b", "c")
+    room.use("a", "b")
+    room.cache.evict("a")
+    room.cache.prefetch("c", Tier.RAM).result()
+    try:
+        return interrupted(room.cache.close, after)
+    finally:
+        room.cache.close()
+
+
+def closes_all_the_same(folder, after: int) -> bool:
+    footprint = Footprint(folder)
+    room = Room(folder)
+    struck = close_interrupted(room, after)
+    with pytest.raises(CacheClosedError):
+        room.cache.get("a")
+    assert room.pool.thread_names == ()
+    gc.collect()
+    assert (room.device.allocated_bytes(), room.mover.live_ram_bytes) == (0, 0)
+    del room
+    footprint.require_unchanged()
+    return struck
+
+
+@pytest.mark.timeout(60)
+def test_a_close_that_was_interrupted_can_be_done_again_and_leaves_nothing(tmp_path):
+    after = 0
+    while closes_all_the_same(tmp_path, after):
+        after += 47
+    assert after > 5 * 47
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(600)
+def test_a_close_interrupted_at_any_bytecode_can_be_done_again_and_leaves_nothing(tmp_path):
+    after = 0
+    while closes_all_the_same(tmp_path, after):
+        after += 1
