@@ -168,7 +168,6 @@ class CacheByThreads(RuleBasedStateMachine):
         handles = self._holding("handle")
         held = handles[at % len(handles)]
         takes_over = held.num_leases(self.play.now_s) > 0
-        held.first_until_s = None
         (known,) = held.known
         handle = held.thing
         facts = {"of": known, "takes_over": takes_over, "handle": handle}
@@ -176,6 +175,7 @@ class CacheByThreads(RuleBasedStateMachine):
             self._ask("enter", (known.name,), handle.__enter__, actor=actor, **facts)
         else:
             self._ask("call", (known.name,), handle, actor=actor, **facts)
+        held.first_until_s = None
 
     @rule(name=NAMES, tier=TIERS)
     def prefetch(self, name: str, tier: Tier) -> None:

@@ -315,7 +315,7 @@ class Play:
                     model()
         for asked in reference.open:
             assert not asked.is_late(self.now_s), f"{asked} waits although its time is up"
-        if reference.open:
+        if reference.open and not reference.may_keep:
             self._require_no_wake_up_was_lost()
         self._require_nobody_waits_for_nothing()
 

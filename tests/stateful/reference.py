@@ -153,6 +153,11 @@ class Reference:
         needs_disk = past.written or any(not each.reload for each in everybody)
         return needs_disk and 2 * sum(each.size for each in everybody) > self.disk
 
+    @property
+    def may_keep(self) -> bool:
+        """Something could have stayed where it was: it is tried again after its next use, of which nobody is told."""
+        return self.past.kept or (self.past.written and any(k.on_write is OnWrite.REFUSE for k in self.everybody))
+
     def is_quiet(self, now_s: float) -> bool:
         return not (self.open or self.leaving or self.has_leases(now_s) or self.has_room_held or self.is_closed)
 
