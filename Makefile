@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test check proof soak bench gpu wheel-test clean
+.PHONY: demo test check proof soak fuzz bench gpu wheel-test clean
 
 $(VENV)/.ok: pyproject.toml $(CONSTRAINTS)
 	$(PY) -m venv $(VENV)
@@ -19,17 +19,25 @@ demo: $(VENV)/.ok ## real models share too little VRAM, on any machine
 test: $(VENV)/.ok ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not proof" -n $(JOBS) --dist worksteal
 
-check: $(VENV)/.ok ## format, lint, types, import contracts
+check: $(VENV)/.ok ## format, lint, types, import contracts, known vulnerabilities
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit -q -r modelcache -c pyproject.toml
+	$(BIN)/python tools/audit.py
 
-proof: $(VENV)/.ok ## what proves the suite: every seeded bug of tests/mutants is caught by the tests it names
+proof: $(VENV)/.ok ## what proves the suite: seeded bugs are caught by the tests they name; a slice of each fuzzer
 	OMP_NUM_THREADS=1 $(BIN)/python tools/mutants.py --jobs $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/fuzz.py --seconds 20 --jobs $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m proof tests/lifecycle -n $(JOBS) --dist worksteal
 
-soak: $(VENV)/.ok ## what is larger than that: 100,000 simulated schedules
+soak: $(VENV)/.ok ## an hour of simulated schedules of the shipped mover, then the tests that are too large for the suite
+	OMP_NUM_THREADS=1 $(BIN)/python tools/soak.py --hours 1 --jobs $(JOBS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m proof -n $(JOBS) --dist worksteal
+
+fuzz: $(VENV)/.ok ## each fuzzer for twenty minutes
+	OMP_NUM_THREADS=1 $(BIN)/python tools/fuzz.py --seconds 1200 --jobs $(JOBS)
 
 bench: $(VENV)/.ok ## the figures of the README, next to their references in the same run
 	GLIBC_TUNABLES=glibc.cpu.x86_non_temporal_threshold=0x400000 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py

@@ -182,6 +182,6 @@ def _arms(result: Comparison) -> str:
     return (
         f'<h2>The arms</h2><div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
         f"{errors}"
-        f'<p class="dim">Seed {result.plan.seed}; modelcache {escape(result.plan.version)}. Scores are means, times are '
+        f'<p class="dim">Seed {result.plan.seed}; modelcache {escape(result.plan.version)}. Scores are means, times '
         "medians. Times of a call do not include bringing its model up.</p>"
     )

@@ -29,7 +29,8 @@ def test_an_open_lease_is_named_with_its_site_wherever_somebody_looks(way, caplo
 
         async def take():
             block = bench.cache.aget("a")
-            await block.__aenter__(); sites.append(here())  # noqa: E702  One line, so that it is the same line.
+            await block.__aenter__()
+            sites.append(here())  # noqa: E702  One line, so that it is the same line.
             return block
 
         sites: list[str] = []
@@ -40,7 +41,8 @@ def test_an_open_lease_is_named_with_its_site_wherever_somebody_looks(way, caplo
         who = "MainThread"
     else:
         handle = bench.cache.get("a")
-        held = bench.cache._door.lease("a", None); site = here()  # noqa: E702  One line, so that it is the same line.
+        held = bench.cache._door.lease("a", None)
+        site = here()  # noqa: E702  One line, so that it is the same line.
         del handle
         who = "MainThread"
     bench.pass_time(5.0)
@@ -70,7 +72,7 @@ def test_a_lease_dropped_open_is_named_with_its_site_and_is_nobodys_any_more():
     bench = Bench(lease_sites=True)
     bench.add("a")
     bench.use("a")
-    with pytest.warns(ResourceWarning) as caught:
+    with pytest.warns(ResourceWarning) as caught:  # noqa: PT031  the site is the line of the lease
         lease = bench.cache.lease_many("a")
         line = sys._getframe().f_lineno - 1
         del lease

@@ -20,6 +20,7 @@ from modelcache import door as doors
 from modelcache.door import Entry, FrontDoor
 from modelcache.lease import FirstUseLease, FirstUses, Lease, SoleLease
 from modelcache.runtime.gate import Gate
+from modelcache.runtime.holders import Sites
 
 
 class Stop(BaseException):
@@ -147,6 +148,7 @@ class NoDriver:
         self.told: list[str] = []
         self.lease_returned = self.told.append
         self.now_s = lambda: 0.0
+        self.sites = Sites()
 
     def at_latest(self, in_s: float, act: Callable[[], None]) -> None:
         pass
