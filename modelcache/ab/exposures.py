@@ -209,7 +209,7 @@ def _arm(
         len(units),
         len(lines),
         sum(bool(line["error"]) for line in lines),
-        Counter(line["tier"] for line in lines),
+        dict(Counter(line["tier"] for line in lines)),
         {name: fmean(unit[name] for unit in figures if name in unit) for name in sorted(names)},
     )
 
