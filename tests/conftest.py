@@ -50,7 +50,12 @@ def _open_files() -> set[tuple[str, str]]:
             target = os.readlink(entry)
         except OSError:
             continue
-        if target.startswith("/") and not target.startswith(("/dev/", "/proc/", "/sys/")):
+        # Fonts are kept open by matplotlib for as long as the process lives.
+        if (
+            target.startswith("/")
+            and not target.startswith(("/dev/", "/proc/", "/sys/"))
+            and "/mpl-data/" not in target
+        ):
             found.add((entry.name, target))
     return found
 

@@ -162,7 +162,10 @@ def _analysis(name: str, seen: _Seen, lower: set[str], level: float) -> Analysis
         for arm in seen.weights
     }
     names = sorted({metric for units in figures.values() for unit in units for metric in unit})
-    metrics = [Metric(metric, None, "lower" if metric in lower else "higher") for metric in names]
+    metrics = [
+        Metric(name, None, "lower" if name in lower else "higher", unit="s" if name in (_SECONDS, _WAIT) else "")
+        for name in names
+    ]
     control, *others = seen.weights
     found = [
         _differences(metric, arm, control, figures[arm], figures[control])

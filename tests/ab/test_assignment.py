@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -131,3 +132,11 @@ def test_a_split_that_cannot_be_is_refused_in_words(changes, words):
 def test_a_slice_that_cannot_be_is_refused_in_words():
     with pytest.raises(InputError, match="lies between 0 and 1, got 0.5 to 0.4"):
         Layer("page", 0.5, 0.4)
+
+
+def test_the_places_of_the_documentation_are_those_of_the_vectors():
+    page = (Path(__file__).parents[2] / "docs" / "ab.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `(.+?)` \| `(.+?)` \| (0\.\d+) \|$", page, re.MULTILINE)
+    assert len(shown) >= 3
+    for experiment, unit, place in shown:
+        assert place_of(experiment, unit) == float(place)
