@@ -78,6 +78,7 @@ class FrontDoor:
         self._next_tick = driver.next_tick
         self._on_return = driver.lease_returned
         self._first_uses = FirstUses(driver.now_s, driver.at_latest, driver.lease_returned)
+        driver.at_fork.append(self._first_uses.forget)
         self.is_closed = False
 
     # --- what handles ask -----------------------------------------------------------------------------------------

@@ -226,6 +226,10 @@ class FirstUses:
         if self._alarm is None:
             self._set_alarm(FIRST_USE_S)
 
+    def forget(self) -> None:
+        """In a forked child: none of them can be taken over any more."""
+        self._claims.clear()
+
     def _set_alarm(self, in_s: float) -> None:
         # Whoever sets it last has it. One that an interrupt or a race left over rings and is not listened to.
         alarm = object()

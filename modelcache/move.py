@@ -30,6 +30,8 @@ class MoveKind(Enum):
     SHED = "shed"  # RAM gives up head segments that VRAM holds
     EVICT = "evict"  # every tier above disk gives up everything
 
+    __hash__ = object.__hash__
+
     def __str__(self) -> str:
         return self.value
 

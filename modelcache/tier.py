@@ -12,6 +12,9 @@ class Tier(Enum):
     RAM = "ram"
     DISK = "disk"
 
+    #: Members are one of a kind: what they are told apart by in dicts and sets need not be their names.
+    __hash__ = object.__hash__
+
     @property
     def rank(self) -> int:
         """0 for the fastest tier."""

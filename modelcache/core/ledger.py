@@ -18,7 +18,9 @@ class Room:
 
     def of(self, tier: Tier) -> int:
         """The bytes on one tier."""
-        return int(getattr(self, tier.value))
+        if tier is Tier.VRAM:
+            return self.vram
+        return self.ram if tier is Tier.RAM else self.disk
 
     def __add__(self, other: Room) -> Room:
         return Room(self.vram + other.vram, self.ram + other.ram, self.disk + other.disk)
@@ -151,16 +153,12 @@ class Account:
 
     def copy(self) -> Account:
         """An account of its own with the same figures."""
-        return Account(
-            self.budget_bytes,
-            self.target_bytes,
-            self.resident_bytes,
-            self.reserved_bytes,
-            self.draining_bytes,
-            self.claimed_bytes,
-            self.configured_bytes,
-            self.pressure,
-        )
+        twin = object.__new__(Account)
+        twin.budget_bytes, twin.target_bytes = self.budget_bytes, self.target_bytes
+        twin.resident_bytes, twin.reserved_bytes = self.resident_bytes, self.reserved_bytes
+        twin.draining_bytes, twin.claimed_bytes = self.draining_bytes, self.claimed_bytes
+        twin.configured_bytes, twin.pressure = self.configured_bytes, self.pressure
+        return twin
 
     def figures(self) -> tuple[int, ...]:
         """All figures, to compare or to hash."""

@@ -534,7 +534,8 @@ class Machine:
         part = self.books.parts.get(name)
         if part is None or part.flight is None or part.generation != generation:
             return None
-        return part
+        # One that has not begun yet has no generation of its own: this is the end of the move before it, told twice.
+        return part if part.flight.started else None
 
     def _settle_part(self, part: Part) -> None:
         self.touched.update(dict.fromkeys(part.models))

@@ -71,8 +71,8 @@ class ByUse:
 
     def copy(self) -> ByUse:
         """One of its own with the same names."""
-        twin = ByUse()
-        twin._entries, twin._heap = dict(self._entries), list(self._heap)
+        twin = object.__new__(ByUse)
+        twin._entries, twin._heap = self._entries.copy(), self._heap.copy()
         return twin
 
     def _enter(self, entry: _Entry) -> None:

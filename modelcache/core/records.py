@@ -47,6 +47,8 @@ class State(Enum):
     TRIMMING = "trimming"  # segments being given up, by whatever kind of move
     FAILED = "failed"  # a first load failed, no tier holds it
 
+    __hash__ = object.__hash__
+
     def __str__(self) -> str:
         return self.value
 
@@ -203,11 +205,13 @@ class Part:
     def copy(self) -> Part:
         """A record of its own with the same facts."""
         twin = object.__new__(Part)
-        for name in Part.__slots__:
-            setattr(twin, name, getattr(self, name))
-        twin.models = list(self.models)
-        if self.flight is not None:
-            twin.flight = self.flight.copy()
+        twin.facts, twin.top, twin.models = self.facts, self.top, self.models.copy()
+        twin.vram, twin.ram, twin.generation = self.vram, self.ram, self.generation
+        twin.flight = self.flight and self.flight.copy()
+        twin.covered_by, twin.kept_tick, twin.ooms = self.covered_by, self.kept_tick, self.ooms
+        twin.has_image, twin.image_bytes, twin.source_stale = self.has_image, self.image_bytes, self.source_stale
+        twin.looked_tick, twin.clean_tick = self.looked_tick, self.clean_tick
+        twin.vram_sums, twin.ram_sums = self.vram_sums, self.ram_sums
         return twin
 
 
@@ -276,8 +280,13 @@ class Model:
     def copy(self) -> Model:
         """A record of its own with the same facts."""
         twin = object.__new__(Model)
-        for name in Model.__slots__:
-            setattr(twin, name, getattr(self, name))
+        twin.spec, twin.generation, twin.loading, twin.parts = self.spec, self.generation, self.loading, self.parts
+        twin.limit, twin.onload_bytes, twin.is_dispatched = self.limit, self.onload_bytes, self.is_dispatched
+        twin.too_large, twin.whole_only, twin.type_name = self.too_large, self.whole_only, self.type_name
+        twin.gate_is_open, twin.gate_is_watched = self.gate_is_open, self.gate_is_watched
+        twin.workspace_charged, twin.workspace_covered_by = self.workspace_charged, self.workspace_covered_by
+        twin.is_leaving, twin.failures, twin.error = self.is_leaving, self.failures, self.error
+        twin.retry_at_s, twin.idle_tick, twin.idle_since_s = self.retry_at_s, self.idle_tick, self.idle_since_s
         return twin
 
 
@@ -326,8 +335,9 @@ class Waiting:
     def copy(self) -> Waiting:
         """A record of its own with the same facts."""
         twin = object.__new__(Waiting)
-        for name in Waiting.__slots__:
-            setattr(twin, name, getattr(self, name))
+        twin.ticket, twin.want, twin.claims, twin.planned = self.ticket, self.want, self.claims, self.planned
+        twin.overtaken, twin.attempts, twin.freed = self.overtaken, self.attempts, self.freed
+        twin.is_behind, twin.blocked_on, twin.why = self.is_behind, self.blocked_on, self.why
         return twin
 
 
@@ -350,7 +360,9 @@ class Books:
 
     def account(self, tier: Tier) -> Account:
         """The account of a tier."""
-        return {Tier.VRAM: self.vram, Tier.RAM: self.ram, Tier.DISK: self.disk}[tier]
+        if tier is Tier.VRAM:
+            return self.vram
+        return self.ram if tier is Tier.RAM else self.disk
 
     def parts_of(self, names: Iterable[str]) -> Iterator[Part]:
         """The parts of some models, each once, in order."""

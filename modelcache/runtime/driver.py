@@ -162,6 +162,8 @@ class Driver:
         self._loader_threads: dict[int, str] = {}
         self._ticks = count(1)
         self.sites = Sites()
+        #: Called in a forked child, where every gate is closed by then.
+        self.at_fork: list[Callable[[], None]] = []
         self.herald = Herald(pool, clock)
         self._story = Story()
         self._loads = Link("load", pool, clock, NUM_LOADERS)
@@ -320,6 +322,8 @@ class Driver:
         self._lock = self._pool.lock()
         for gate in self.gates.values():
             gate.close()
+        for act in self.at_fork:
+            act()
 
     @property
     def is_forked(self) -> bool:

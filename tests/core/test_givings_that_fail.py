@@ -1,12 +1,13 @@
-"""What was to be given up stays: whoever counted on its room does not, and it is asked again after a while."""
+"""What was to be given up stays, or is not gone yet: nobody counts on its room, and it is asked again after a while."""
 
 from __future__ import annotations
 
 from scenes import Scene, error_of, got, model
 
 from modelcache.core.machine import LEFT_ALONE_S, Budgets
-from modelcache.core.messages import WantCopy
+from modelcache.core.messages import MoveDone, WantCopy, WantDown
 from modelcache.errors import BudgetExhaustedError, DeviceMemoryError, MoveError
+from modelcache.move import Moved
 from modelcache.tier import Tier
 
 
@@ -56,3 +57,48 @@ def test_what_could_not_be_given_up_is_asked_again_after_a_while():
     served = scene.lease("b")
     scene.settle()
     assert got(served)
+
+
+def test_a_second_try_after_the_device_refused_waits_until_what_was_given_up_is_gone():
+    scene = Scene(Budgets(ram=20, vram=6), model("a", 2), model("b", 2), model("c", 2))
+    scene.use("a", "b")
+    caller = scene.lease("c")
+    scene.step()  # its load
+    scene.step()  # disk -> RAM
+    scene.move_fails("c", DeviceMemoryError("c", "sim:0", 2, 0))
+    # By the books there is room for c at once, and there was before.
+    assert scene.machine.books.vram.free_bytes >= 2
+    assert list(scene.moves) == ["a"]
+    scene.do(("move", "a"))
+    scene.gates_answer()
+    assert list(scene.moves) == ["c"]
+    scene.settle()
+    assert got(caller)
+
+
+def test_a_second_try_does_not_wait_for_what_stays_after_all():
+    scene = Scene(Budgets(ram=20, vram=6), model("a", 2), model("b", 2), model("c", 2))
+    scene.use("a", "b")
+    caller = scene.lease("c")
+    scene.step()  # its load
+    scene.step()  # disk -> RAM
+    scene.move_fails("c", DeviceMemoryError("c", "sim:0", 2, 0))
+    scene.move_fails("a", MoveError("a", "vram", "ram", "broke"))
+    assert list(scene.moves) == ["c"]
+    scene.settle()
+    assert got(caller)
+
+
+def test_the_end_of_a_move_told_twice_does_not_end_the_next_before_it_begins():
+    scene = Scene(Budgets(ram=3, vram=4), model("a", 1, 1), model("b", 1, 1), model("c", 1, 1))
+    scene.use("a", "b")
+    scene.ask(WantDown("a", Tier.RAM, None))
+    scene.ask(WantDown("b", Tier.RAM, None))
+    waits = list(scene.machine.flights.pending)
+    assert waits, {name: scene.where(name) for name in "ab"}
+    before = scene.machine.books.parts[waits[0]].copy()
+    scene.event(MoveDone(waits[0], before.generation, Moved(0, 0.0)))
+    assert scene.machine.books.parts[waits[0]].residency == before.residency
+    assert waits[0] in scene.machine.flights.pending or waits[0] in scene.moves
+    scene.settle()
+    scene.machine.validate()

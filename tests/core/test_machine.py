@@ -620,7 +620,9 @@ def test_parking_waits_until_the_room_it_takes_in_ram_is_free():
 
 def _parked_with_writes(scene: Scene) -> None:
     scene.ask(WantDown("a", Tier.RAM, None))
-    scene.event(MoveDone("a", scene.moves.pop("a").generation, Moved(0, 0.0, written=True)))
+    scene.writes = 1
+    scene.do(("find writes", "a"))
+    scene.gates_answer()
     assert scene.state("a") == "parked"
 
 

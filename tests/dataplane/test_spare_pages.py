@@ -198,7 +198,7 @@ def test_closing_while_memory_is_being_made_ends_the_threads(pool, monkeypatch):
     assert blocks.spare_bytes == 0
 
 
-def test_a_piece_given_up_while_its_pages_are_made_is_given_back_by_whoever_is_at_it(pool, device, monkeypatch):
+def test_a_piece_given_up_while_its_pages_are_made_is_given_back_once_nobody_is_at_it(pool, device, monkeypatch):
     at_it, go_on = threading.Event(), threading.Event()
 
     def slow(_memory):
@@ -209,10 +209,13 @@ def test_a_piece_given_up_while_its_pages_are_made_is_given_back_by_whoever_is_a
     blocks = pool(device, page_locked_bytes=64 * MIB, spare_bytes=0)
     piece = blocks.allocate(16 * MIB)
     assert at_it.wait(PATIENCE_S)
-    blocks.release(piece)
-    del piece
+    giving = threading.Thread(target=blocks.release, args=(piece,))
+    giving.start()
+    until(lambda: piece.left is not None)
     assert blocks.live_bytes == 16 * MIB
     go_on.set()
+    giving.join(PATIENCE_S)
+    del piece, giving
     until(lambda: blocks.live_bytes == 0)
     assert device.page_locked_bytes == blocks.page_locked_bytes == 0
 

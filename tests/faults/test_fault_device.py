@@ -1,4 +1,4 @@
-"""The device refuses, fails, stands still or lies: F06-F10, F12, F20."""
+"""The device refuses, fails, stands still or lies: F06-F08, F10, F20."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_f06_a_second_refusal_in_a_row_is_an_error_with_its_numbers(house_of, ch
 
 
 def test_f07_a_device_that_is_fuller_than_the_books_know_refuses_and_serves_again_when_it_is_not(house_of):
-    house = house_of(capacity=2)
+    house = house_of(capacity=2.25)
     house.use("a")
     house.take_from_device(0.5)
     assert house.cache.status().tier(Tier.VRAM).free_bytes == MODEL_BYTES
@@ -51,11 +51,11 @@ def test_f07_a_device_that_is_fuller_than_the_books_know_refuses_and_serves_agai
     assert house.answers_right("b")
     assert house.state("a") == "parked"
     house.validate()
-    house.take_from_device(1)
     house.cache.park("b")
+    house.take_from_device(1)
     with pytest.raises(DeviceMemoryError, match="another program may hold the memory") as caught:
         house.cache.get("c")
-    assert caught.value.free_bytes == MODEL_BYTES // 2
+    assert caught.value.free_bytes == MODEL_BYTES * 3 // 4
     house.validate()
     assert "ready" not in house.states().values()
     house.ballast.clear()
@@ -117,29 +117,6 @@ def test_f10_what_was_written_on_the_device_stays_there_until_it_has_landed_in_r
     assert all(torch.equal(layer.weight, now) for layer, now in zip(model, written, strict=True))
     del model
     unharmed(house, but="a")
-
-
-def test_f12_a_victim_that_ram_cannot_take_stays_usable_and_another_goes(house_of, monkeypatch):
-    # RAM holds the duplicates of two models: for c one of them loses its duplicate, and giving it up then needs RAM.
-    house = house_of(ram=3, vram=2, fixed="abc")
-    house.use("a", "b")
-    house.cache.free(ram=2 * MODEL_BYTES)
-    assert house.cache.info("a").ram_bytes in (0, MODEL_BYTES)
-    blocks, calls = house.mover._tiers.blocks, []
-    allocate = blocks.allocate
-
-    def refusing(size):
-        calls.append(size)
-        if len(calls) == 1:
-            raise MemoryError("no memory")
-        return allocate(size)
-
-    monkeypatch.setattr(blocks, "allocate", refusing)
-    with pytest.raises(MoveError, match="no memory"):
-        house.cache.park("a")
-    assert house.state("a") == "ready"
-    monkeypatch.undo()
-    unharmed(house)
 
 
 def test_f20_another_program_takes_half_the_device_and_nobody_who_is_there_is_harmed(house_of):

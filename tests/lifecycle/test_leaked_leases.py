@@ -13,10 +13,10 @@ from benches import Bench, Call
 from modelcache.errors import CacheClosedError, LeaseTimeoutError
 
 
-def here() -> str:
-    """The line of the caller, as a site is written."""
+def the_line_above() -> str:
+    """The line before that of the caller, as a site is written."""
     frame = sys._getframe(1)
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return f"{frame.f_code.co_filename}:{frame.f_lineno - 1}"
 
 
 @pytest.mark.parametrize("way", ["hit", "asked", "many", "task"])
@@ -30,19 +30,20 @@ def test_an_open_lease_is_named_with_its_site_wherever_somebody_looks(way, caplo
         async def take():
             block = bench.cache.aget("a")
             await block.__aenter__()
-            sites.append(here())  # noqa: E702  One line, so that it is the same line.
+            sites.append(the_line_above())
             return block
 
         sites: list[str] = []
         held = asyncio.run(take())
         site, who = sites[0], "a task that is gone"
     elif way == "many":
-        held, site = bench.cache.lease_many("a"), here()
+        held = bench.cache.lease_many("a")
+        site = the_line_above()
         who = "MainThread"
     else:
         handle = bench.cache.get("a")
         held = bench.cache._door.lease("a", None)
-        site = here()  # noqa: E702  One line, so that it is the same line.
+        site = the_line_above()
         del handle
         who = "MainThread"
     bench.pass_time(5.0)

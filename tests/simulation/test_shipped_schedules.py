@@ -6,6 +6,7 @@ import re
 from collections import Counter
 
 import pytest
+import torch
 from simulation.reach import LIVE, SHIPPED
 from simulation.shipped_world import ShippedSchedule
 
@@ -25,6 +26,7 @@ FOUND = (
 def quiet(caplog):
     """Closing with open leases, and every fault, is part of the play, and logged each time."""
     caplog.set_level("CRITICAL", logger="modelcache")
+    torch._dynamo.reset()  # another test's compiled code would keep calls from starting early
 
 
 def play(seeds: range | tuple[int, ...], marks: Counter[str] | None = None, *, is_live: bool = False) -> int:

@@ -39,6 +39,7 @@ from modelcache.dataplane.device.simulated_streams import (
     Copy,
     CopyStream,
     Flag,
+    Operator,
     OsThreads,
     Threads,
     closed_error,
@@ -388,19 +389,18 @@ class SimulatedDevice:
 
     # --- what the torch backend asks ---
 
-    def begin_compute(self) -> Flag:
+    def begin_compute(self) -> Operator:
         """Wait for what this thread's compute must wait for; returns what `end_compute` takes."""
-        flag = self._threads.event()
-        self._running.add(flag)
+        operator = Operator(self._threads.event(), self._running)
         try:
             events, self._waits.events = getattr(self._waits, "events", ()), []
             for event in events:
                 event.wait()
             self._start_operator()
         except BaseException:
-            self.end_compute(flag)
+            operator.end()
             raise
-        return flag
+        return operator
 
     def _start_operator(self) -> None:
         for planned in self._faults.next_call("compute"):
@@ -412,10 +412,9 @@ class SimulatedDevice:
         if self._poison.problem is not None:
             raise torch.AcceleratorError(f"{self._name}: {self._poison.problem}")
 
-    def end_compute(self, token: Flag) -> None:
+    def end_compute(self, token: Operator) -> None:
         """The operator is done."""
-        self._running.discard(token)
-        token.set()
+        token.end()
 
     def cross_link(self, size_bytes: int, started_s: float) -> None:
         """Let the rest of a blocking copy's time on the link pass."""

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from modelcache.dataplane.device.simulated_memory import Memory
-from modelcache.dataplane.device.simulated_streams import Flag
+from modelcache.dataplane.device.simulated_streams import Operator
 
 NAME = "sim"
 NUM_INDICES = 8
@@ -21,10 +21,10 @@ class Accelerator(Protocol):
     def memory(self) -> Memory:
         """Its books."""
 
-    def begin_compute(self) -> Flag:
+    def begin_compute(self) -> Operator:
         """An operator is about to run in this thread: waits for what it must wait for; returns a token."""
 
-    def end_compute(self, token: Flag) -> None:
+    def end_compute(self, token: Operator) -> None:
         """The operator is done."""
 
     def cross_link(self, size_bytes: int, started_s: float) -> None:

@@ -7,6 +7,7 @@ beside the memcpy.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 import time
@@ -41,6 +42,28 @@ class Running(Protocol):
 
     def join(self, timeout: float | None = None) -> None:
         """Block until it has ended."""
+
+
+class Operator:
+    """An operator that runs, among all that do; ended at the latest when nobody refers to it any more.
+
+    A Ctrl-C may come between its start and the block that is to end it; whoever waits for it must not do so for ever.
+    """
+
+    __slots__ = ("_flag", "_running")
+
+    def __init__(self, flag: Flag, running: set[Flag]) -> None:
+        self._flag, self._running = flag, running
+        running.add(flag)
+
+    def end(self) -> None:
+        """It is done. Idempotent."""
+        self._running.discard(self._flag)
+        self._flag.set()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # it never began
+            self.end()
 
 
 class Threads(Protocol):
