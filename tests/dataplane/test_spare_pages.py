@@ -215,7 +215,6 @@ def test_a_piece_given_up_while_its_pages_are_made_is_given_back_once_nobody_is_
     assert blocks.live_bytes == 16 * MIB
     go_on.set()
     giving.join(PATIENCE_S)
-    del piece, giving
     until(lambda: blocks.live_bytes == 0)
     assert device.page_locked_bytes == blocks.page_locked_bytes == 0
 
