@@ -12,11 +12,10 @@ def terminal_colour(index: int) -> str:
     return DARK[index % len(DARK)]
 
 
+_LIGHT_PAPER = "--bg:#fff;--fg:#1d2129;--dim:#667085;--line:#d8dce3;--soft:#f3f5f8;--good:#1f8a5b;--bad:#c4352b"
+_DARK_PAPER = "--bg:#14171c;--fg:#e6e9ee;--dim:#98a2b3;--line:#333a45;--soft:#1d2229;--good:#4cc38a;--bad:#ff7a70"
 _BASE = """
 *{box-sizing:border-box}
-:root{--bg:#fff;--fg:#1d2129;--dim:#667085;--line:#d8dce3;--soft:#f3f5f8;--good:#1f8a5b;--bad:#c4352b}
-@media (prefers-color-scheme:dark){:root{--bg:#14171c;--fg:#e6e9ee;--dim:#98a2b3;--line:#333a45;--soft:#1d2229;
---good:#4cc38a;--bad:#ff7a70}}
 body{background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:1180px;
 padding:28px 20px 60px}
 h1{font-size:24px;margin:0 0 4px}h2{font-size:18px;margin:36px 0 8px}p{margin:6px 0;max-width:110ch}
@@ -32,7 +31,12 @@ height:12px;border-radius:3px;margin-right:6px;vertical-align:-1px;background:va
 """
 
 
+def colours() -> str:
+    """The colours of both schemes as CSS variables: ``--m0`` ... of the models, and those of paper and ink."""
+    light, dark = ("".join(f"--m{i}:{colour};" for i, colour in enumerate(each)) for each in (LIGHT, DARK))
+    return f":root{{{light}{_LIGHT_PAPER}}}@media (prefers-color-scheme:dark){{:root{{{dark}{_DARK_PAPER}}}}}"
+
+
 def style_sheet() -> str:
-    """The base of a page's style, with the colours as CSS variables ``--m0`` ... of both schemes."""
-    light, dark = ("".join(f"--m{i}:{colour};" for i, colour in enumerate(colours)) for colours in (LIGHT, DARK))
-    return f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}{_BASE}"
+    """The base of a page's style, colours included."""
+    return f"{colours()}{_BASE}"

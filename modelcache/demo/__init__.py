@@ -15,7 +15,7 @@ def run(*, synthetic: bool = False, out: str | Path = "demo-report", num_request
 
     Args:
         synthetic: Use generated weights even if the real ones are installed.
-        out: The folder for ``report.html`` and ``trace.json``; made if missing.
+        out: The folder for ``report.html``, ``switches.svg`` and ``trace.json``; made if missing.
         num_requests: How many requests each run serves.
         seed: Of the requests and of everything that is generated or trained.
 

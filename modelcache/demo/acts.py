@@ -17,6 +17,7 @@ from modelcache.demo.accelerator import label, opened
 from modelcache.demo.chrome_trace import write_trace
 from modelcache.demo.dispatched import rescue
 from modelcache.demo.page import write_page
+from modelcache.demo.picture import write_picture
 from modelcache.demo.records import Budgets, CacheRun, Outcome, Rescue, Title
 from modelcache.demo.reloading import delete_and_reload, size_of
 from modelcache.demo.report import print_report
@@ -65,12 +66,13 @@ class _Play:
         outcomes = [reload, *(run.outcome for run in runs)]
 
         self._out.mkdir(parents=True, exist_ok=True)
-        page, trace = self._out / "report.html", self._out / "trace.json"
+        page, picture, trace = (self._out / name for name in ("report.html", "switches.svg", "trace.json"))
         write_page(page, self._title, workload, sizes, budgets, rescued, outcomes, checks)
+        write_picture(picture, self._title, workload, budgets, outcomes)
         write_trace(trace, outcomes, workload.names, self._sentences.label)
         self._screen.say(f"done in {time.perf_counter() - began_s:.1f} s")
         print_report(self._title, outcomes, checks)
-        print(f"page: {page}   trace: {trace} (open it in ui.perfetto.dev)")
+        print(f"page: {page}   picture: {picture}   trace: {trace} (open it in ui.perfetto.dev)")
         return 0 if all(check.holds for check in checks) else 1
 
     def _act(self, text: str) -> None:

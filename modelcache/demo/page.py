@@ -9,16 +9,14 @@ from pathlib import Path
 from modelcache import format_bytes, format_seconds
 from modelcache.demo.records import Budgets, Check, Outcome, Rescue, Title
 from modelcache.demo.report import FINE_PRINT, comparison
-from modelcache.demo.timeline import timeline
+from modelcache.demo.timeline import INK, timeline
 from modelcache.demo.variants import Workload
 from modelcache.page_style import style_sheet
 
 _STYLE = """
 .bar{height:14px;border-radius:3px;background:var(--m0);min-width:2px}
 svg{display:block;width:100%;min-width:760px;height:auto}
-svg text{fill:var(--dim);font:12px system-ui,sans-serif}svg text.name{fill:var(--fg);font-weight:600}
-svg .axis{stroke:var(--line)}svg .budget{stroke:var(--bad);stroke-dasharray:5 4}
-svg .pale{opacity:.35}svg .piece:hover,svg .area:hover{opacity:.7}
+svg .piece:hover,svg .area:hover{opacity:.7}
 #tip{position:fixed;pointer-events:none;background:var(--fg);color:var(--bg);font-size:13px;padding:4px 8px;
 border-radius:5px;max-width:360px;display:none;z-index:2}
 """
@@ -64,7 +62,7 @@ def write_page(
     path.write_text(
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title.line)}</title><style>{style_sheet()}{_STYLE}</style></head><body>"
+        f"<title>{escape(title.line)}</title><style>{style_sheet()}{INK}{_STYLE}</style></head><body>"
         + "".join(sections)
         + f'<div id="tip"></div><script>{_SCRIPT}</script></body></html>\n',
         encoding="utf-8",

@@ -10,15 +10,30 @@ from modelcache import format_bytes, format_seconds
 from modelcache.demo.chrome_trace import tracks
 from modelcache.demo.records import TIERS, Budgets, MoveFact, Outcome, Sample
 
-_WIDTH, _LEFT, _RIGHT = 1140, 120, 16
+WIDTH, _LEFT, _RIGHT = 1140, 120, 16
 _TIER_HEIGHT, _LANE_HEIGHT, _REQUEST_HEIGHT, _GAP = 110, 18, 32, 14
+#: How the drawing looks.
+INK = (
+    "svg text{fill:var(--dim);font:12px system-ui,sans-serif}svg text.name{fill:var(--fg);font-weight:600}"
+    "svg .axis{stroke:var(--line)}svg .budget{stroke:var(--bad);stroke-dasharray:5 4}svg .pale{opacity:.35}"
+)
 # Narrower bars are no longer seen.
 _LEAST_WIDTH = 0.8
 
 
 def timeline(outcome: Outcome, names: Sequence[str], budgets: Budgets) -> str:
     """The drawing of one run, as SVG in a box that scrolls on narrow screens."""
-    drawing = _Drawing(outcome, names)
+    pieces, height = draw(outcome, names, budgets)
+    label = f"Tiers, moves and requests of {outcome.title} over {format_seconds(outcome.seconds)}"
+    return (
+        f'<div class="scroll"><svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">'
+        f"{pieces}</svg></div>"
+    )
+
+
+def draw(outcome: Outcome, names: Sequence[str], budgets: Budgets, *, has_tips: bool = True) -> tuple[str, float]:
+    """The pieces of that drawing, `WIDTH` wide, and their height; `has_tips`: words for what is pointed at."""
+    drawing = _Drawing(outcome, names, has_tips=has_tips)
     if outcome.samples:
         for tier, budget in zip(TIERS, (budgets.vram_bytes, budgets.ram_bytes, 0), strict=True):
             if budget or any(any(sample.held[tier]) for sample in outcome.samples):
@@ -26,21 +41,16 @@ def timeline(outcome: Outcome, names: Sequence[str], budgets: Budgets) -> str:
         drawing.moves()
     drawing.requests()
     drawing.axis()
-    label = f"Tiers, moves and requests of {outcome.title} over {format_seconds(outcome.seconds)}"
-    return (
-        f'<div class="scroll"><svg viewBox="0 0 {_WIDTH} {drawing.y:.0f}" role="img" aria-label="{escape(label)}">'
-        + "".join(drawing.pieces)
-        + "</svg></div>"
-    )
+    return "".join(drawing.pieces), drawing.y
 
 
 class _Drawing:
     """Draws from top to bottom; `y` is where the next lane begins."""
 
-    def __init__(self, outcome: Outcome, names: Sequence[str]) -> None:
-        self._outcome = outcome
+    def __init__(self, outcome: Outcome, names: Sequence[str], *, has_tips: bool) -> None:
+        self._outcome, self._has_tips = outcome, has_tips
         self._names = names
-        self._scale = (_WIDTH - _LEFT - _RIGHT) / max(outcome.seconds, 1e-9)
+        self._scale = (WIDTH - _LEFT - _RIGHT) / max(outcome.seconds, 1e-9)
         self.y = 8.0
         self.pieces: list[str] = []
 
@@ -59,10 +69,10 @@ class _Drawing:
             if path:
                 tip = f"{name} in {tier.upper()}, at most {format_bytes(max(s.held[tier][index] for s in samples))}"
                 self._piece(f'<path class="area" d="{path}" fill="var(--m{index})"', tip)
-        self.pieces.append(_line(_LEFT, bottom, _WIDTH - _RIGHT, bottom, "axis"))
+        self.pieces.append(_line(_LEFT, bottom, WIDTH - _RIGHT, bottom, "axis"))
         if budget_bytes:
             top = bottom - budget_bytes * unit
-            self.pieces.append(_line(_LEFT, top, _WIDTH - _RIGHT, top, "budget"))
+            self.pieces.append(_line(_LEFT, top, WIDTH - _RIGHT, top, "budget"))
         self.y = bottom + _GAP
 
     def moves(self) -> None:
@@ -108,11 +118,11 @@ class _Drawing:
 
     def axis(self) -> None:
         """Seconds."""
-        self.pieces.append(_line(_LEFT, self.y, _WIDTH - _RIGHT, self.y, "axis"))
+        self.pieces.append(_line(_LEFT, self.y, WIDTH - _RIGHT, self.y, "axis"))
         for at_s in _marks(self._outcome.seconds):
             x = self._x(at_s)
             self.pieces.append(_line(x, self.y, x, self.y + 4, "axis"))
-            anchor = "end" if x > _WIDTH - _RIGHT - 24 else "middle"
+            anchor = "end" if x > WIDTH - _RIGHT - 24 else "middle"
             self.pieces.append(f'<text x="{x:.1f}" y="{self.y + 18:.1f}" text-anchor="{anchor}">{at_s:g} s</text>')
         self.y += 24
 
@@ -122,8 +132,8 @@ class _Drawing:
             self.pieces.append(f'<text x="0" y="{y + 16:.1f}">{escape(below)}</text>')
 
     def _piece(self, opening: str, tip: str) -> None:
-        words = escape(tip, quote=True)
-        self.pieces.append(f'{opening} data-tip="{words}"/>')
+        words = f' data-tip="{escape(tip, quote=True)}"' if self._has_tips else ""
+        self.pieces.append(f"{opening}{words}/>")
 
 
 def _area(samples: Sequence[Sample], tier: str, index: int, x: object, bottom: float, unit: float, end_s: float) -> str:
@@ -136,6 +146,7 @@ def _area(samples: Sequence[Sample], tier: str, index: int, x: object, bottom: f
     ]
     if not any(own for _, _, own in steps):
         return ""
+    steps = steps[:1] + [step for before, step in pairwise(steps) if step[1:] != before[1:]]
     steps.append((x(end_s), steps[-1][1], steps[-1][2]))
     upper, lower = [], []
     for (at, below, own), (until, _, _) in pairwise(steps):

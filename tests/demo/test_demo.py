@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -49,6 +50,17 @@ def test_the_page_needs_nothing_from_elsewhere(finished):
     assert len(page) < 2_000_000
     assert "<svg" in page
     assert "prefers-color-scheme:dark" in page
+
+
+def test_the_picture_stands_alone_and_shows_every_run(finished):
+    text = (finished[1] / "switches.svg").read_text(encoding="utf-8")
+    root = ET.fromstring(text)
+    words = ["".join(each.itertext()) for each in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"delete and reload", "modelcache", "modelcache, with prefetch", "VRAM", "RAM"} <= set(words)
+    assert any("synthetic weights" in each for each in words)
+    assert "data-tip" not in text
+    assert "prefers-color-scheme:dark" in text
+    assert len(text) < 300_000
 
 
 def test_the_trace_has_each_run_with_its_requests_moves_and_tiers(finished):
