@@ -23,7 +23,14 @@ from modelcache.dataplane.kept_images import KeptImages
 from modelcache.dataplane.mapped_files import leave_to_files
 from modelcache.dataplane.matching import Match, match_tensors
 from modelcache.dataplane.origin import Origin
-from modelcache.dataplane.skeletons import UnlikeError, facts_of, object_print, take_layout, transformers_skeleton
+from modelcache.dataplane.skeletons import (
+    UnlikeError,
+    facts_of,
+    object_print,
+    one_builder,
+    take_layout,
+    transformers_skeleton,
+)
 from modelcache.dataplane.source import Built, Keepable, Source
 from modelcache.dataplane.weight_files import torch_dtype
 from modelcache.dataplane.weights import JoinedSource, KeptSource, RebuildSource, SafetensorsSource
@@ -238,14 +245,15 @@ def _converts(tensors: Mapping[str, torch.Tensor], match: Match) -> bool:
 
 
 def calling_library(spec: ModelSpec, load: Callable[[], object]) -> object:
-    """Run a library's loading function; whatever it raises becomes a `LoaderError` with the cause.
+    """Run a library's loading function, one in the process at a time; what it raises becomes a `LoaderError`.
 
     Raises:
         LoaderError: It raised, or returned something without modules.
         WeightsError: As it is.
     """
     try:
-        model = load()
+        with one_builder:
+            model = load()
         modules_of(model)
     except (LoaderError, WeightsError):
         raise

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from modelcache.dataplane.adapters import modules_of
 from modelcache.dataplane.image import View, WeightImage
 from modelcache.dataplane.inventory import group, walk
 
+#: Held while a library or a model class builds a model. transformers changes torch's default dtype and `torch.linspace`
+#: for the whole process while it does (transformers#40357, #41782): a model built beside it would take its dtype, and
+#: what two change at once stays changed.
+one_builder = threading.Lock()
 # What loading leaves on modules, and building does not.
 _MARKS = frozenset({"_is_hf_initialized"})
 _PLAIN = (str, int, float, complex, bool, bytes, type(None), torch.dtype, torch.device, torch.Size)
@@ -30,7 +35,7 @@ class UnlikeError(Exception):
 def on_meta(make: Callable[[], object]) -> object | None:
     """The model on ``meta``, or `None` if it cannot be built there."""
     try:
-        with torch.device("meta"):
+        with one_builder, torch.device("meta"):
             model = make()
         modules = modules_of(model).values()
     except Exception:  # a constructor that computes with values fails on meta in its own way; it is built for real

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -351,6 +352,30 @@ def test_weights_that_the_model_has_no_place_for_are_mentioned(
         named("safetensors", model=Net, weights=tmp_path / "w.safetensors")
     assert "weights not used model=m" in caplog.text
     assert "'extra'" in caplog.text
+
+
+def test_models_are_built_one_at_a_time_because_libraries_change_torch_meanwhile(tmp_path: Path) -> None:
+    at_it, go_on, second = threading.Event(), threading.Event(), threading.Event()
+
+    class Slow(nn.Linear):
+        def __init__(self) -> None:
+            (second if at_it.is_set() else at_it).set()
+            assert go_on.wait(10)
+            super().__init__(2, 2)
+
+    save_file(nn.Linear(2, 2).state_dict(), tmp_path / "weights.safetensors")
+    loads = [
+        threading.Thread(target=named, args=("safetensors",), kwargs={"model": Slow, "weights": str(tmp_path)})
+        for _ in range(2)
+    ]
+    loads[0].start()
+    assert at_it.wait(10)
+    loads[1].start()
+    assert not second.wait(0.1)
+    go_on.set()
+    for load in loads:
+        load.join(10)
+    assert second.is_set()
 
 
 def test_building_on_meta_leaves_torch_as_it_was(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import modelcache
+import modelcache.ab
 import modelcache.errors
+import modelcache.testing
 from modelcache.cli.output import Exit
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +28,19 @@ LINKS = re.compile(r"\]\((?!https?:)([^)#]+)\)")
 def test_the_page_of_configuration_is_the_one_the_settings_make() -> None:
     made = runpy.run_path(str(ROOT / "tools" / "write_configuration_page.py"))
     assert PAGES[Path("docs/configuration.md")] == made["page"](), "run tools/write_configuration_page.py"
+
+
+def test_the_page_of_the_api_is_the_one_the_docstrings_make() -> None:
+    made = runpy.run_path(str(ROOT / "tools" / "write_api_page.py"))
+    assert PAGES[Path("docs/api.md")] == made["page"](), "run tools/write_api_page.py"
+
+
+def test_every_public_name_is_on_the_page_of_the_api() -> None:
+    listed = runpy.run_path(str(ROOT / "tools" / "write_api_page.py"))["listed"]()
+    assert listed["modelcache.ab"] == set(modelcache.ab.__all__)
+    assert listed["modelcache.testing"] == set(modelcache.testing.__all__)
+    rest = set(modelcache.__all__) - listed["modelcache"]
+    assert all(name.endswith("Error") for name in rest - {"__version__"})
 
 
 def test_every_error_is_described_with_the_builtin_it_also_is() -> None:

@@ -149,6 +149,7 @@ class NoDriver:
         self.lease_returned = self.told.append
         self.now_s = lambda: 0.0
         self.sites = Sites()
+        self.at_fork: list[Callable[[], None]] = []
 
     def at_latest(self, in_s: float, act: Callable[[], None]) -> None:
         pass
