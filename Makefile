@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test check proof soak fuzz bench gpu wheel-test clean
+.PHONY: demo test check proof soak fuzz bench gpu wheel-test release clean
 
 $(VENV)/.ok: pyproject.toml $(CONSTRAINTS)
 	$(PY) -m venv $(VENV)
@@ -47,6 +47,9 @@ gpu: ## the tests that need a CUDA device, with whatever Python and torch are th
 
 wheel-test: $(VENV)/.ok ## the tests against the built wheel, from outside the checkout
 	VENV=$(VENV) tools/test_wheel.sh
+
+release: $(VENV)/.ok ## the sdist and the wheel, tried in an empty environment; they are left in dist/
+	VENV=$(VENV) PY=$(PY) CONSTRAINTS=$(CONSTRAINTS) tools/release.sh
 
 clean:
 	rm -rf $(VENV) build dist demo-report .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -144,7 +144,7 @@ def _text(thing: Any) -> str:
             name, colon, rest = line.strip().partition(": ")
             lines.append(f"- `{name}`: {rest}" if colon and " " not in name else f"  {line.strip()}")
         else:
-            lines.append(f"  {line.strip()}" if is_list and line else line)
+            lines.append(f"  {line.strip()}" if is_list and line else line.strip())
             is_list = is_list and (not line or line.startswith(" "))
     return "\n".join(lines) + "\n"
 
