@@ -283,7 +283,7 @@ class DevicePoisonedError(MoveError):
 
 
 class ModelNotResidentError(MoveError):
-    """A forward outside a lease, on a model that is not on its device."""
+    """A forward outside a lease on a model that is not on its device, or one on disk is saved or copied."""
 
     def __init__(self, name: str) -> None:
         Exception.__init__(self, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import zipfile
 from contextlib import closing
@@ -12,7 +13,7 @@ from accelerate.utils import find_tied_parameters
 from movers import Odd, Rig, bumped
 from safetensors.torch import load_model, save_model
 
-from modelcache import ModelCache
+from modelcache import ModelCache, ModelNotResidentError
 from modelcache.testing import SimulatedDevice
 
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
@@ -116,6 +117,28 @@ def test_torch_saves_the_whole_module_so_that_it_runs_where_it_is_loaded(rigged)
     cached.seek(0)
     loaded, x = torch.load(cached, map_location="cpu", weights_only=False), torch.ones(1, 16)
     assert torch.equal(loaded(x), make()(x))
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda model: model.state_dict(),
+        lambda model: save_model(model, "never.safetensors"),
+        lambda model: torch.save(model, io.BytesIO()),
+        copy.deepcopy,
+    ],
+    ids=["state_dict", "safetensors", "torch", "copy"],
+)
+def test_a_model_on_disk_is_not_saved_as_a_model_of_empty_tensors(tmp_path, save):
+    with closing(Rig(tmp_path, segment_bytes=2048)) as rig:
+        (facts,) = rig.load(Tied).parts
+        model = rig.mover.object_of("m")
+        rig.stage(facts.part)
+        rig.spill(facts.part)
+        with pytest.raises(ModelNotResidentError):
+            save(model)
+        rig.stage(facts.part)
+        assert torch.equal(model.state_dict()["scale"], torch.tensor(2.5))
 
 
 def bits_of(tensor):

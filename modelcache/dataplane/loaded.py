@@ -28,12 +28,12 @@ _CPU = torch.device("cpu")
 
 @dataclass(slots=True, eq=False)
 class Root:
-    """One module of a model, the parts its tensors lie in, and its guard; TorchScript modules take no hook."""
+    """One module of a model, the parts its tensors lie in, and its guard; TorchScript modules take no hooks."""
 
     module: torch.nn.Module
     parts: tuple[Part, ...]
     guard: ResidencyGuard
-    hook: RemovableHandle | None
+    hooks: tuple[RemovableHandle, ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -80,15 +80,19 @@ class LoadedModel:
             inside = {id(slot.tensor) for slot in found.slots if slot.name.startswith(prefix)}
             parts = tuple(part for part in self.parts if not inside.isdisjoint(part.members))
             guard = ResidencyGuard(self.spec.name)
-            scripted = isinstance(module, torch.jit.ScriptModule)
-            hook = None if scripted else module.register_forward_pre_hook(guard, prepend=True)
-            self.roots.append(Root(module, parts, guard, hook))
+            hooks: tuple[RemovableHandle, ...] = ()
+            if not isinstance(module, torch.jit.ScriptModule):
+                hooks = (
+                    module.register_forward_pre_hook(guard, prepend=True),
+                    module.register_state_dict_pre_hook(guard.before_state_dict),  # type: ignore[no-untyped-call]
+                )
+            self.roots.append(Root(module, parts, guard, hooks))
 
     def unguard(self) -> None:
         """Take the guards off."""
         for root in self.roots:
-            if root.hook is not None:
-                root.hook.remove()
+            for hook in root.hooks:
+                hook.remove()
         self.roots.clear()
 
     def settle_in(self, top: torch.device, holds_copies: bool) -> None:
@@ -105,6 +109,7 @@ class LoadedModel:
         from_dispatch = self._settle_dispatch(holds_copies)
         for root in self.roots:
             root.guard.resident = from_dispatch or all(is_on_top(part, holds_copies) for part in root.parts)
+            root.guard.has_bytes = root.guard.resident or all(has_bytes(part) for part in root.parts)
         resident = from_dispatch or all(is_on_top(part, holds_copies) for part in self.parts)
         self._follow()
         device = top if resident else _CPU
@@ -156,6 +161,11 @@ def is_on_top(part: Part, holds_copies: bool) -> bool:
     if holds_copies:
         return all(part.is_on_device(segment) for segment in range(part.num_segments))
     return all(copy is not None for copy in part.ram)
+
+
+def has_bytes(part: Part) -> bool:
+    """Whether every segment is on some tier above the disk."""
+    return all(part.ram[segment] is not None or part.vram[segment] is not None for segment in range(part.num_segments))
 
 
 def is_in_ram_only(part: Part) -> bool:
