@@ -393,7 +393,9 @@ def _refuse_changed(place: FileBytes, found: os.stat_result, position: int) -> N
     then, now = place.identity, FileIdentity.of(found)
     if then is None or now == then:
         return
-    if now.size != then.size:
+    if not found.st_nlink:
+        change = "was removed while it was read"
+    elif now.size != then.size:
         change = f"had {then.size:,} bytes and has {now.size:,}"
     elif (now.dev, now.ino) != (then.dev, then.ino):
         change = "was replaced by another file"
