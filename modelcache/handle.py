@@ -19,7 +19,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 import wrapt
 
 from modelcache.carrying import settle
-from modelcache.errors import LeaseClosedError, ModelCacheError
+from modelcache.errors import LeaseClosedError, ModelCacheError, ModelNotResidentError
 from modelcache.lease import AskedLease, FirstUseLease, Lease, current_holder, running_loop
 from modelcache.placement import PLACERS, check_placement, move_inputs
 
@@ -28,7 +28,8 @@ T = TypeVar("T")
 #: `super().__init__` without looking it up on each `get`.
 _wrap = wrapt.ObjectProxy.__init__
 
-#: Methods that read or describe a model wherever its bytes are: they take no lease and move nothing.
+#: Methods that read or describe a model wherever it is: they take no lease and move nothing. Only `state_dict` of a
+#: model on disk does.
 LEASELESS = (  # noqa: SIM905 (one name a line would be fifty lines of no news)
     "parameters named_parameters buffers named_buffers children named_children modules named_modules state_dict eval "
     "train requires_grad_ zero_grad extra_repr get_submodule get_parameter get_buffer get_extra_state add_module "
@@ -280,6 +281,13 @@ def _read(handle: ModelHandle, target: Any, args: tuple[Any, ...], kwargs: dict[
     return handle if result is handle.__wrapped__ else result
 
 
+def _read_weights(handle: ModelHandle, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        return _read(handle, target, args, kwargs)
+    except ModelNotResidentError:  # on disk, with nothing to read: it comes up for the call
+        return _use_weights(handle, target, args, kwargs)
+
+
 def _place(verb: str, handle: ModelHandle, _target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tie = handle._self_tie
     device = tie.door.execution_device(tie.name)
@@ -289,6 +297,7 @@ def _place(verb: str, handle: ModelHandle, _target: Any, args: tuple[Any, ...], 
 
 _HOW: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(LEASELESS, _read),
+    "state_dict": _read_weights,
     **dict.fromkeys(TAKES_WEIGHTS, _use_weights),
     **{verb: partial(_place, verb) for verb in PLACERS},
 }

@@ -13,6 +13,8 @@ same tests are run once on the unchanged package, where all must pass: else a ki
 from __future__ import annotations
 
 import argparse
+import compileall
+import importlib
 import os
 import re
 import shutil
@@ -30,6 +32,17 @@ ROOT = Path(__file__).resolve().parent.parent
 MUTANTS = ROOT / "tests" / "mutants"
 #: A mutant that makes its tests run longer than this is killed too: it hangs.
 PATIENCE_S = 60.0
+#: What forks need and no mutant changes: torch, pytest with its plugins, and the libraries of tests and package.
+NEEDED = ("torch", "pytest", "_pytest.pastebin", "_pytest.junitxml", "pytest_timeout", "anyio.pytest_plugin")
+NEEDED += (
+    "hypothesis.stateful",
+    "_hypothesis_pytestplugin",
+    "safetensors.torch",
+    "yaml",
+    "psutil",
+    "pydantic",
+    "wrapt",
+)
 #: What pytest exits with when a test failed; anything else is no verdict.
 FAILED = 1
 
@@ -62,7 +75,8 @@ class Mutant:
 
     def plant(self, into: Path) -> str:
         """Copy the package and change the copy; what is wrong with the patch, or nothing."""
-        shutil.copytree(ROOT / "modelcache", into / "modelcache", ignore=shutil.ignore_patterns("__pycache__"))
+        # With what was compiled: only the changed files are newer than that.
+        shutil.copytree(ROOT / "modelcache", into / "modelcache")
         command = ["git", "apply", "--recount", "-C1", str(self.path)]
         done = subprocess.run(command, cwd=into, capture_output=True, text=True, check=False)
         return done.stderr.strip()
@@ -100,6 +114,8 @@ class Run:
             import pytest
 
             own = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", f"--basetemp={self.home}/tmp")
+            # Plugins are imported already, and have no assertions to explain.
+            own += ("-W", "ignore::pytest.PytestAssertRewriteWarning")
             code = int(pytest.main([*own, *options, *tests]))
         except BaseException:
             traceback.print_exc()
@@ -134,7 +150,8 @@ def run_all(
     todo: list[Mutant | None] = [None, *mutants]
     running: dict[int, Run] = {}
     while todo or running:
-        while todo and len(running) < jobs:
+        # One more than asked for: some mutants compute nothing, and wait until a deadline.
+        while todo and len(running) <= jobs:
             mutant = todo.pop(0)
             name = mutant.name if mutant else "unchanged"
             home = work / name
@@ -190,12 +207,11 @@ def main() -> int:
         return 2
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     os.chdir(ROOT)
-    # What every fork needs and no mutant changes.
-    import pytest  # noqa: F401
-    import torch
-
-    torch.set_num_threads(1)
     started_s = time.monotonic()
+    compileall.compile_dir(ROOT / "modelcache", quiet=1)
+    for name in NEEDED:
+        importlib.import_module(name)
+    sys.modules["torch"].set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="mutants-") as work:
         problems, spent = run_all(mutants, given.jobs, tuple(given.tests), given.patience, Path(work))
     print(f"\n{len(mutants) - len(problems)} of {len(mutants)} mutants killed in {time.monotonic() - started_s:.0f} s")
