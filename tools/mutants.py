@@ -69,7 +69,8 @@ class Mutant:
         changed = re.findall(r"^\+\+\+ b/modelcache/([\w./]+)", text, re.MULTILINE)
         if len(breaks) != 1 or not tests or not changed:
             raise ValueError(f"{path}: needs one '# breaks:', at least one '# killed by:', and a diff of modelcache/")
-        rooms = {"runtime": "core and runtime", "core": "core and runtime", "dataplane": "data plane"}
+        rooms = dict.fromkeys(("core", "runtime"), "core and runtime")
+        rooms |= {"dataplane": "data plane", "ab": "comparisons"}
         first = changed[0].split("/")[0]
         return cls(path, breaks[0], tuple(tests), rooms.get(first, "front door"))
 

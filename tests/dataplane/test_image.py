@@ -76,3 +76,8 @@ def test_covered_ranges_are_merged_and_end_with_the_storage():
     assert covered(views, 1000) == [(0, 32), (40, 56)]
     assert covered(views, 50) == [(0, 32), (40, 50)]
     assert covered([], 10) == []
+
+
+def test_a_view_within_another_takes_nothing_away_from_what_is_covered():
+    whole, inside = (View(torch.uint8, (size,), (1,), start) for start, size in ((0, 100), (10, 20)))
+    assert covered([whole, inside], 100) == covered([inside, whole], 100) == [(0, 100)]

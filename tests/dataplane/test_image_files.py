@@ -6,6 +6,7 @@ import os
 import stat
 import struct
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,6 +116,24 @@ def test_closing_removes_only_what_was_made(tmp_path):
     made.delete(write(made))
     made.close()
     assert not (tmp_path / "new" / "deep").exists()
+
+
+def test_a_file_has_its_name_once_its_bytes_are_on_the_disk_and_then_the_folder_too(tmp_path, monkeypatch):
+    acts: list[str] = []
+    sync, rename = os.fsync, Path.rename
+
+    def synced(descriptor):
+        acts.append("folder synced" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file synced")
+        sync(descriptor)
+
+    def renamed(path, target):
+        acts.append("renamed")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    write(opened(tmp_path))
+    assert acts == ["file synced", "renamed", "folder synced"]
 
 
 @pytest.mark.parametrize("fail_at", range(5))

@@ -27,32 +27,36 @@ MARKS = (
     "aenter refused: CancelledError",
     "aenter refused: LeaseTimeoutError",
     "aenter served after a wait",
-    "aget refused: BudgetExhaustedError",
     "aget refused: CancelledError",
     "aget served after a wait",
     "call served",
-    "copy refused: DeviceMemoryError",
     "copy refused: ModelTooLargeError",
     "copy served after a wait",
     "down refused: LeaseError",
     "down refused: LeaseTimeoutError",
     "down served",
     "enter served",
-    "free refused: LeaseCycleError",
     "free served after a wait",
     "get refused: BudgetExhaustedError",
     "get refused: DevicePoisonedError",
     "get refused: LoaderError",
-    "get refused: MoveError",
     "get served after a wait",
     "gone served",
-    "lease refused: LeaseCycleError",
     "lease refused: UnknownModelError",
     "lease served after a wait",
     "resize served",
     "room refused: LeaseCycleError",
     "room served after a wait",
     "victims compared",
+)
+
+#: What they come across a few times or, as threads happen to run, not at all; other tests have each for certain.
+RARE = (
+    "aget refused: BudgetExhaustedError",
+    "copy refused: DeviceMemoryError",
+    "free refused: LeaseCycleError",
+    "get refused: MoveError",
+    "lease refused: LeaseCycleError",
 )
 
 
@@ -89,6 +93,7 @@ def test_whatever_threads_and_tasks_do_the_cache_does_what_the_plain_model_says(
     Play.marks.clear()
     for machine in (CacheByThreads, CacheByTasks):
         figure("hypothesis steps", machine.__name__, play(machine, 250))
+    figure("reach marks", "threads and tasks", sum(Play.marks[mark] > 0 for mark in (*MARKS, *RARE)))
     assert not [mark for mark in MARKS if not Play.marks[mark]]
 
 
