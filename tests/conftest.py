@@ -10,6 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from faults import rows
 
 torch.set_num_threads(1)
 
@@ -79,6 +80,9 @@ def pytest_terminal_summary(terminalreporter) -> None:
                 group, label, number = value
                 labels = groups.setdefault(group, {})
                 labels[label] = labels.get(label, 0) + number
+    passed, failed = ([report.nodeid for report in terminalreporter.getreports(how)] for how in ("passed", "failed"))
+    groups["fault rows"] = dict.fromkeys(rows.shown(passed, failed), 1)
+    groups = {group: labels for group, labels in groups.items() if labels}
     if groups:
         terminalreporter.section("proof")
     for group, labels in sorted(groups.items()):

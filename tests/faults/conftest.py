@@ -1,4 +1,4 @@
-"""Fixtures of the fault rows: houses that are closed and checked, and the row that a passing test shows."""
+"""Fixtures of the fault rows: houses that are closed and checked."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from benches import Bench
-from faults.rows import first_shown_by
 from faults.standing import House
 
 
@@ -37,14 +36,3 @@ def bench_of() -> Iterator[Callable[..., Bench]]:
     yield make
     for bench in benches:
         bench.close()
-
-
-@pytest.fixture(autouse=True)
-def row_is_counted(request, figure) -> None:
-    """Once per row: the first example of the first test that is listed for it."""
-    callspec = getattr(request.node, "callspec", None)
-    if callspec is not None and any(callspec.indices.values()):
-        return
-    name = f"{request.path.parent.name}/{request.path.name}::{request.node.originalname}"
-    for row in first_shown_by(f"tests/{name}"):
-        figure("fault rows", row, 1)
