@@ -17,7 +17,7 @@ demo: $(VENV)/.ok ## real models share too little VRAM, on any machine
 	$(BIN)/modelcache demo
 
 test: $(VENV)/.ok ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not proof" -n $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not proof" -n $(JOBS) --dist worksteal --figures .figures/test.json
 
 check: $(VENV)/.ok ## format, lint, types, import contracts, known vulnerabilities
 	$(BIN)/ruff format --check .
@@ -28,9 +28,10 @@ check: $(VENV)/.ok ## format, lint, types, import contracts, known vulnerabiliti
 	$(BIN)/python tools/audit.py
 
 proof: $(VENV)/.ok ## what proves the suite: seeded bugs are caught by the tests they name; a slice of each fuzzer
-	OMP_NUM_THREADS=1 $(BIN)/python tools/mutants.py --jobs $(JOBS)
-	OMP_NUM_THREADS=1 $(BIN)/python tools/fuzz.py --seconds 20 --jobs $(JOBS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m proof tests/lifecycle -n $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python tools/mutants.py --jobs $(JOBS) --figures .figures/mutants.json
+	OMP_NUM_THREADS=1 $(BIN)/python tools/fuzz.py --seconds 20 --jobs $(JOBS) --figures .figures/fuzz.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m proof tests/lifecycle -n $(JOBS) --dist worksteal --figures .figures/lifecycle.json
+	$(BIN)/python tools/figures.py
 
 soak: $(VENV)/.ok ## an hour of simulated schedules of the shipped mover, then the tests that are too large for the suite
 	OMP_NUM_THREADS=1 $(BIN)/python tools/soak.py --hours 1 --jobs $(JOBS)
@@ -52,4 +53,4 @@ release: $(VENV)/.ok ## the sdist and the wheel, tried in an empty environment; 
 	VENV=$(VENV) PY=$(PY) CONSTRAINTS=$(CONSTRAINTS) tools/release.sh
 
 clean:
-	rm -rf $(VENV) build dist demo-report .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .figures demo-report .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import threading
 from pathlib import Path
@@ -71,22 +72,32 @@ def figure(record_property):
     return report
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
+def pytest_addoption(parser) -> None:
+    parser.addoption("--figures", metavar="FILE", help="also write the table at the end there, as JSON")
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
     """What was proved, as one table: every figure that a passing test reported."""
     groups: dict[str, dict[str, float]] = {}
+    took_s: dict[str, float] = {}
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties:
             if name == "figure":
                 group, label, number = value
                 labels = groups.setdefault(group, {})
                 labels[label] = labels.get(label, 0) + number
+                took_s[label] = took_s.get(label, 0.0) + report.duration
     passed, failed = ([report.nodeid for report in terminalreporter.getreports(how)] for how in ("passed", "failed"))
     groups["fault rows"] = dict.fromkeys(rows.shown(passed, failed), 1)
     groups = {group: labels for group, labels in groups.items() if labels}
+    if path := config.getoption("--figures"):
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_text(json.dumps(groups, indent=1), encoding="utf-8")
     if groups:
         terminalreporter.section("proof")
     for group, labels in sorted(groups.items()):
         for label, number in labels.items():
-            terminalreporter.line(f"{number:>12,}  {group}: {label}")
+            rate = f", {number / took_s[label]:,.0f} a second" if group in ("schedules", "states") else ""
+            terminalreporter.line(f"{number:>12,}  {group}: {label}{rate}")
         if len(labels) > 1:
             terminalreporter.line(f"{sum(labels.values()):>12,}  {group}, in all")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import json
 import os
 import random
 import re
@@ -202,6 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--engine", choices=("auto", "atheris", "plain"), default="auto")
     parser.add_argument("--jobs", type=int, default=2, help="targets at a time")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--figures", type=Path, metavar="FILE", help="write the executions of each target there, as JSON"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--artifacts", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -216,11 +220,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if engine == "plain":
         print("plain mutations, without coverage (atheris is not used): these find less, and are no long run")
     names = options.target or list(_targets())
-    return report(names, engine, options.seconds, options.seed, options.jobs)
+    return report(names, engine, options.seconds, options.seed, options.jobs, options.figures)
 
 
-def report(names: Sequence[str], engine: str, seconds: float, seed: int, jobs: int) -> int:
-    """Run the targets and print the table."""
+def report(names: Sequence[str], engine: str, seconds: float, seed: int, jobs: int, figures: Path | None = None) -> int:
+    """Run the targets, print the table, and write the executions to `figures`."""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -233,6 +237,10 @@ def report(names: Sequence[str], engine: str, seconds: float, seed: int, jobs: i
         )
         print(f"{each.target:<12} {each.engine:<8} {each.executions:>12,} {each.seconds:>8.0f} {edges:>6}  {failed}")
     print(f"{'in all':<21} {sum(each.executions for each in outcomes):>12,}")
+    if figures is not None:
+        figures.parent.mkdir(exist_ok=True)
+        found = {"fuzz executions": {each.target: each.executions for each in outcomes if not each.failed}}
+        figures.write_text(json.dumps(found), encoding="utf-8")
     for each in outcomes:
         if each.failed:
             print(f"\n--- {each.target}\n{each.output[-4000:]}")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import compileall
 import importlib
+import json
 import os
 import re
 import shutil
@@ -198,6 +199,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="mutants to run, by the start of their names; all by default")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--tests", nargs="+", default=(), help="run these instead of the tests named in the patches")
+    parser.add_argument("--figures", type=Path, metavar="FILE", help="write how many were killed there, as JSON")
     parser.add_argument("--patience", type=float, default=PATIENCE_S, help="seconds after which a mutant hangs")
     given = parser.parse_args()
     mutants = [Mutant.read(path) for path in sorted(MUTANTS.glob("*.patch"))]
@@ -221,6 +223,10 @@ def main() -> int:
         print(f"{number:>5}  {room}, {seconds / given.jobs:.0f} s of {given.jobs} cores")
     for problem in problems:
         print(f"\n{problem}", file=sys.stderr)
+    if given.figures:
+        given.figures.parent.mkdir(exist_ok=True)
+        killed = {"mutants killed": {"of " + str(len(mutants)): len(mutants) - len(problems)}}
+        given.figures.write_text(json.dumps(killed), encoding="utf-8")
     return 1 if problems else 0
 
 

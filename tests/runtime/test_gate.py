@@ -334,9 +334,11 @@ def test_the_enumeration_tries_every_order():
 
 @pytest.mark.parametrize("limit", [0, 1])
 @pytest.mark.parametrize("ways", list(itertools.combinations_with_replacement(WAYS_IN, 2)))
-def test_a_gate_seen_idle_by_its_closer_lets_nobody_in_by_any_way(ways: tuple[str, str], limit: int):
+def test_a_gate_seen_idle_by_its_closer_lets_nobody_in_by_any_way(ways: tuple[str, str], limit: int, figure):
     operations = (closing, entering(1, ways[0]), entering(2, ways[1]))
-    for ending in schedules(operations, Memory(limit=limit), by_state=True):
+    endings = list(schedules(operations, Memory(limit=limit), by_state=True))
+    figure("interleavings", "two ways into a gate that closes, by states", len(endings))
+    for ending in endings:
         assert not idle_with_a_lease_in(ending, 0, (1, 2)), ending
         assert sorted(ending.memory.open) == [tick for tick in (1, 2) if ending.results[tick]], ending
         assert ending.memory.tick in {0, *ending.memory.open}, ending
@@ -354,7 +356,7 @@ def test_going_by_states_finds_what_going_by_orders_finds(way: str):
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("limit", [0, 1])
-def test_a_gate_seen_idle_by_its_closer_lets_nobody_in(limit: int):
+def test_a_gate_seen_idle_by_its_closer_lets_nobody_in(limit: int, figure):
     num_schedules = 0
     for ending in schedules((closing, entering(1), entering(2)), Memory(limit=limit)):
         num_schedules += 1
@@ -362,6 +364,7 @@ def test_a_gate_seen_idle_by_its_closer_lets_nobody_in(limit: int):
         inside = [tick for tick in (1, 2) if ending.results[tick]]
         assert sorted(ending.memory.open) == inside, ending
     assert num_schedules > 500
+    figure("interleavings", "two callers and a closer, every order", num_schedules)
 
 
 def test_a_gate_seen_idle_has_lost_the_lease_that_was_in_it():
@@ -392,12 +395,13 @@ def test_an_opener_beside_a_closer_lets_callers_in_only_after_its_own_write():
 @pytest.mark.parametrize(
     "operations", list(itertools.combinations_with_replacement(("enter", "leave", "close", "open"), 3))
 )
-def test_any_three_operations_leave_the_gate_whole(operations: tuple[str, ...]):
+def test_any_three_operations_leave_the_gate_whole(operations: tuple[str, ...], figure):
     made = tuple(
         {"enter": entering(thread), "leave": leaving(7), "close": closing, "open": opening}[operation]
         for thread, operation in enumerate(operations)
     )
-    for ending in schedules(made, Memory(open={7: "holder"})):
+    num_orders = 0
+    for num_orders, ending in enumerate(schedules(made, Memory(open={7: "holder"})), start=1):  # noqa: B007
         expected = {
             thread for thread, operation in enumerate(operations) if operation == "enter" and ending.results[thread]
         }
@@ -406,6 +410,7 @@ def test_any_three_operations_leave_the_gate_whole(operations: tuple[str, ...]):
             closer = operations.index("close")
             enterers = tuple(thread for thread, operation in enumerate(operations) if operation == "enter")
             assert not idle_with_a_lease_in(ending, closer, enterers), ending
+    figure("interleavings", "any three operations, every order", num_orders)
 
 
 @pytest.mark.parametrize("ways", list(itertools.combinations_with_replacement(WAYS_IN, 2)))
