@@ -148,14 +148,14 @@ def test_a_storm_of_ctrl_c_harms_nobody(room_of):
 
 
 def close_interrupted(room: Room, after: int) -> bool:
-    """Interrupt `close` after so many bytecodes, then close again; whether it came to that."""
+    """Interrupt `close` at the n-th moment at which it can be, then close again; whether it came to that."""
     room.add("a", reload=False)
     room.add("b", "c")
     room.use("a", "b")
     room.cache.evict("a")
     room.cache.prefetch("c", Tier.RAM).result()
     try:
-        return interrupted(room.cache.close, after)
+        return interrupted(room.cache.close, after, anywhere=False)
     finally:
         room.cache.close()
 
@@ -178,13 +178,5 @@ def closes_all_the_same(folder, after: int) -> bool:
 def test_a_close_that_was_interrupted_can_be_done_again_and_leaves_nothing(tmp_path):
     after = 0
     while closes_all_the_same(tmp_path, after):
-        after += 47
-    assert after > 5 * 47
-
-
-@pytest.mark.proof
-@pytest.mark.timeout(600)
-def test_a_close_interrupted_at_any_bytecode_can_be_done_again_and_leaves_nothing(tmp_path):
-    after = 0
-    while closes_all_the_same(tmp_path, after):
         after += 1
+    assert after > 20
