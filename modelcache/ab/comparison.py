@@ -207,7 +207,12 @@ class Comparison:
         arrivals = [a for a in self.arrivals if a.model == arm.model]
         means = {}
         for metric in self.plan.metrics:
-            values = [v for item in self._complete if (v := self.value(metric, arm.name, item)) is not None]
+            answered = [
+                item
+                for item, runs in self._complete.items()
+                if metric.name == FAILURES or not any(run.error for run in runs[arm.name])
+            ]
+            values = [v for item in answered if (v := self.value(metric, arm.name, item)) is not None]
             if values:
                 means[metric.name] = median(values) if metric.name.endswith(LATENCY) else fmean(values)
         cold = [a.seconds for a in arrivals if a.block < 0 and a.found != "vram"]

@@ -81,6 +81,8 @@ class Judgement:
         """The verdict in words."""
         metric, arm, base = self.differences.metric, self.differences.arm, self.differences.base
         count = f"{len(self.differences.values)} {self.differences.unit}s"
+        if not len(self.differences.values):
+            return f"{arm} and {base} have no {self.differences.unit} in common by which to compare {metric.name}"
         figures = f"{metric.name} {metric.change(self.mean)}, {_percent(self.interval.confidence)} interval "
         figures += f"{metric.change(self.interval.low)} to {metric.change(self.interval.high)}"
         if self.verdict is Verdict.CANNOT_TELL:

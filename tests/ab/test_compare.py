@@ -212,6 +212,8 @@ def test_an_arm_that_does_not_come_up_is_recorded_and_the_others_are_compared(th
     assert verdicts(result)["d", "failures"] is Verdict.WORSE
     assert verdicts(result)["b", "output"] is Verdict.BETTER
     assert "no such weights" in str(result)
+    assert set(result.arms[2].means) == {"failures"}
+    assert "d and a have no item in common by which to compare latency." in str(result)
 
 
 def test_a_score_that_is_not_a_number_is_an_error_that_names_the_item_and_the_fix(three, tmp_path):
