@@ -33,7 +33,7 @@ from materialize import in_child
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from modelcache import ModelCache
-from modelcache.dataplane.file_reading import bytes_of
+from modelcache.dataplane.files.reading import bytes_of
 
 ROUNDS, LIMIT = 7, 1.2
 PIECE_BYTES, NUM_THREADS = 8 << 20, 4

@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from modelcache.cache import AsyncGet, ModelCache
     from modelcache.config import Effective, config_schema, load_config, missing_files
     from modelcache.core.explain import Forecast
-    from modelcache.dataplane.materialize import (
+    from modelcache.dataplane.materialize.dispatch import dispatch_model
+    from modelcache.dataplane.materialize.entry_points import (
         is_dispatched,
         materialize_meta_tensors,
         materialized,
         plan_materialize,
         restore_dispatch,
     )
-    from modelcache.dataplane.materialize_dispatch import dispatch_model
-    from modelcache.dataplane.materialize_methods import add_materialize_methods
-    from modelcache.dataplane.materialize_report import MaterializePlan, PlannedTensor
-    from modelcache.dataplane.probe import MachineReport, Reading, Unavailable, machine_report
+    from modelcache.dataplane.materialize.methods import add_materialize_methods
+    from modelcache.dataplane.materialize.report import MaterializePlan, PlannedTensor
+    from modelcache.dataplane.probe.machine import MachineReport, Reading, Unavailable, machine_report
     from modelcache.errors import (
         BudgetExhaustedError,
         CacheClosedError,
@@ -138,16 +138,16 @@ _HOMES = {
     "modelcache.cache": ("AsyncGet", "ModelCache"),
     "modelcache.config": ("Effective", "config_schema", "load_config", "missing_files"),
     "modelcache.core.explain": ("Forecast",),
-    "modelcache.dataplane.materialize": (
+    "modelcache.dataplane.materialize.entry_points": (
         "is_dispatched",
         "materialize_meta_tensors",
         "materialized",
         "plan_materialize",
         "restore_dispatch",
     ),
-    "modelcache.dataplane.materialize_dispatch": ("dispatch_model",),
-    "modelcache.dataplane.materialize_methods": ("add_materialize_methods",),
-    "modelcache.dataplane.materialize_report": ("MaterializePlan", "PlannedTensor"),
+    "modelcache.dataplane.materialize.dispatch": ("dispatch_model",),
+    "modelcache.dataplane.materialize.methods": ("add_materialize_methods",),
+    "modelcache.dataplane.materialize.report": ("MaterializePlan", "PlannedTensor"),
     "modelcache.futures": ("MoveFuture",),
     "modelcache.handle": ("ModelHandle", "unwrap"),
     "modelcache.lease": ("Lease", "Leases"),
@@ -163,7 +163,7 @@ _HOMES = {
         "MoveEvent",
         "TierStats",
     ),
-    "modelcache.dataplane.probe": ("MachineReport", "Reading", "Unavailable", "machine_report"),
+    "modelcache.dataplane.probe.machine": ("MachineReport", "Reading", "Unavailable", "machine_report"),
     "modelcache.errors": ("Finding", *(name for name in __all__ if name.endswith("Error"))),
     "modelcache.headers": ("weights_bytes",),
     "modelcache.tier": ("Tier",),

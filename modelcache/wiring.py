@@ -157,7 +157,7 @@ def planned_budgets(found: Effective) -> PlannedBudgets:
     """
     from modelcache.config.budgets import Totals, resolve_budgets
     from modelcache.config.layers import cuda_variables
-    from modelcache.dataplane import probe
+    from modelcache.dataplane.probe import machine as probe
 
     settings, device = found.settings, found.settings.device
     index = int(device.removeprefix("cuda:")) if device.startswith("cuda:") else 0 if device == "auto" else None
@@ -197,7 +197,7 @@ def planned_budgets(found: Effective) -> PlannedBudgets:
 
 def _link(vram: Any) -> tuple[int | None, str]:
     """The link of the card that was measured, as NVML reports it."""
-    from modelcache.dataplane import probe
+    from modelcache.dataplane.probe import machine as probe
 
     if isinstance(vram, probe.Reading):
         for device in probe.machine_report().devices:
@@ -207,7 +207,7 @@ def _link(vram: Any) -> tuple[int | None, str]:
 
 
 def _with_vram(host: Totals, device: str, vram: Any) -> Totals:
-    from modelcache.dataplane import probe
+    from modelcache.dataplane.probe import machine as probe
 
     if isinstance(vram, probe.Reading):
         return replace(
@@ -305,7 +305,7 @@ def _build(
 
 def _gauge(device: Device, clock: Clock) -> Gauge:
     from modelcache.config.layers import cuda_variables
-    from modelcache.dataplane.probe_gauge import gauge_of
+    from modelcache.dataplane.probe.gauge import gauge_of
 
     visible, order = cuda_variables()
     return gauge_of(device, clock.now_s, visible=visible, order=order)
@@ -338,7 +338,7 @@ def _totals(device: Device, image_dir: Path) -> Totals:
     """What the machine has, measured once."""
     from modelcache.config.budgets import Totals
     from modelcache.config.layers import cuda_variables
-    from modelcache.dataplane import probe
+    from modelcache.dataplane.probe import machine as probe
 
     visible, order = cuda_variables()
     kind, _, index = device.name.partition(":")

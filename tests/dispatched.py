@@ -8,7 +8,7 @@ import torch
 from packaging.version import Version
 from torch import nn
 
-from modelcache.dataplane.materialize import is_dispatched, materialize_meta_tensors
+from modelcache.dataplane.materialize.entry_points import is_dispatched, materialize_meta_tensors
 
 # `dispatch_model` asks for the string "cpu": a device object is another main device to it, so that "cpu" entries are
 # taken away as they are with a GPU.

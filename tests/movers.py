@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from modelcache.dataplane.adapters import named_tensors
 from modelcache.dataplane.device.faults import Faults
 from modelcache.dataplane.device.simulated import SimulatedDevice
+from modelcache.dataplane.loading.adapters import named_tensors
+from modelcache.dataplane.loading.source import Built
 from modelcache.dataplane.mover import HeldBytes, TorchMover
-from modelcache.dataplane.source import Built
 from modelcache.move import KeptWritten, LoadedFacts, Move, Moved, PartFacts, Residency
 from modelcache.spec import LoaderSpec, ModelSpec, OnWrite
 

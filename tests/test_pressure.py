@@ -14,7 +14,7 @@ from benches import Bench
 
 from modelcache import BudgetChange, BudgetExhaustedError, LeaseTimeoutError, ModelCache, ModelTooLargeError, MoveKind
 from modelcache.core.governor import CALM_S
-from modelcache.dataplane.probe_gauge import MachineGauge
+from modelcache.dataplane.probe.gauge import MachineGauge
 from modelcache.runtime.governor import POLL_S
 from modelcache.stats import MemoryReading
 from modelcache.testing import FakeClock, FakePool, Hold, SimulatedDevice

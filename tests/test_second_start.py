@@ -269,7 +269,7 @@ def test_an_image_that_a_model_cannot_be_built_around_is_not_deleted(folders, ca
     keep(folders, names=("llama",))
     (image,) = kept(folders)
     calls.clear()
-    monkeypatch.setattr("modelcache.dataplane.folder_loaders.object_print", lambda model: "another")
+    monkeypatch.setattr("modelcache.dataplane.loading.folder_loaders.object_print", lambda model: "another")
     with opened(folders, names=("llama",)) as cache, cache.get("llama"):
         pass
     assert calls == ["LlamaForCausalLM"]

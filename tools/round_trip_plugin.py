@@ -27,7 +27,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook
 from wrapping import names_of, wrap_everywhere
 
-from modelcache.dataplane.materialize import is_dispatched, materialize_meta_tensors, restore_dispatch
+from modelcache.dataplane.materialize.entry_points import is_dispatched, materialize_meta_tensors, restore_dispatch
 from modelcache.errors import MaterializeMemoryError
 
 _AFTER = {

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from modelcache.dataplane import adapters
 from modelcache.dataplane.image import View, lay_out
 from modelcache.dataplane.inventory import (
     Found,
@@ -28,14 +27,15 @@ from modelcache.dataplane.inventory import (
     walk,
 )
 from modelcache.dataplane.loaded import LoadedModel
+from modelcache.dataplane.loading import adapters
+from modelcache.dataplane.loading.source import Built, Source
 from modelcache.dataplane.parts import Member, Part
-from modelcache.dataplane.source import Built, Source
 from modelcache.dataplane.whereabouts import Share, Whereabouts
 from modelcache.errors import LoaderError
 from modelcache.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from modelcache.dataplane.dispatch_form import Dispatch
+    from modelcache.dataplane.dispatch.form import Dispatch
 
 _counter = itertools.count(1)
 # A part may move between being found and being locked; after that many rounds somebody moves it all the time.

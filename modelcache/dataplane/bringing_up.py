@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from modelcache.dataplane import staging
 from modelcache.dataplane.arrival import Arrival, must_land_first
-from modelcache.dataplane.blocks import return_freed_heap
 from modelcache.dataplane.copies import Done, NewCopies, Tiers, give_up
 from modelcache.dataplane.first_use import FirstUse
 from modelcache.dataplane.loaded import Root
+from modelcache.dataplane.memory.blocks import return_freed_heap
 from modelcache.dataplane.parts import Part
 from modelcache.move import Move
 

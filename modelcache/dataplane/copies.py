@@ -13,11 +13,11 @@ from typing import Protocol
 
 import torch
 
-from modelcache.dataplane.blocks import RamBlocks, RamPiece
 from modelcache.dataplane.device.alias import view_over
 from modelcache.dataplane.device.protocol import Device, DeviceEvent
 from modelcache.dataplane.image import View, WeightImage
-from modelcache.dataplane.image_files import ImageFiles
+from modelcache.dataplane.images.files import ImageFiles
+from modelcache.dataplane.memory.blocks import RamBlocks, RamPiece
 
 
 @dataclass(frozen=True, slots=True)

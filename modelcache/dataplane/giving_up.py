@@ -13,7 +13,7 @@ import torch
 
 from modelcache.dataplane.copies import Copy, Done, NewCopies, Tiers, give_up
 from modelcache.dataplane.fingerprint import CHUNK_BYTES
-from modelcache.dataplane.image_files import ImageFile
+from modelcache.dataplane.images.files import ImageFile
 from modelcache.dataplane.parts import Part
 from modelcache.dataplane.written import believed, changed, print_of
 from modelcache.errors import DevicePoisonedError, MoveError

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from modelcache.dataplane import adapters
 from modelcache.dataplane.first_use import FirstUse
 from modelcache.dataplane.guard import ResidencyGuard
 from modelcache.dataplane.inventory import Slot, Walk, Wrapper, slots_of
+from modelcache.dataplane.loading import adapters
 from modelcache.dataplane.parts import Part
 from modelcache.dataplane.structure import Structure
 from modelcache.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from modelcache.dataplane.dispatch_form import Dispatch
+    from modelcache.dataplane.dispatch.form import Dispatch
 
 log = logging.getLogger("modelcache.dataplane")
 _CPU = torch.device("cpu")

@@ -20,22 +20,24 @@ from pathlib import Path
 
 import torch
 
-from modelcache.dataplane import adapters, blocks, bringing_up, giving_up
+from modelcache.dataplane import bringing_up, giving_up
 from modelcache.dataplane.admission import Admission
 from modelcache.dataplane.arrival import waiting
-from modelcache.dataplane.background import Spawn
 from modelcache.dataplane.copies import Done, Tiers, give_up
 from modelcache.dataplane.device.protocol import Device
+from modelcache.dataplane.dispatch.taken_over import TakenOver
 from modelcache.dataplane.drift import ends, strays, take_back
 from modelcache.dataplane.first_use import Recorder, can_be_recorded, has_compiled
 from modelcache.dataplane.image import SEGMENT_BYTES
-from modelcache.dataplane.image_files import ImageFiles
-from modelcache.dataplane.keeping import Keeper
-from modelcache.dataplane.kept_images import KeptImages
+from modelcache.dataplane.images.files import ImageFiles
+from modelcache.dataplane.images.keeping import Keeper
+from modelcache.dataplane.images.kept import KeptImages
 from modelcache.dataplane.loaded import LoadedModel
+from modelcache.dataplane.loading import adapters
+from modelcache.dataplane.loading.source import Built
+from modelcache.dataplane.memory import blocks
+from modelcache.dataplane.memory.background import Spawn
 from modelcache.dataplane.parts import Part
-from modelcache.dataplane.source import Built
-from modelcache.dataplane.taken_over import TakenOver
 from modelcache.dataplane.whereabouts import Whereabouts
 from modelcache.dataplane.written import print_of
 from modelcache.errors import (
@@ -76,7 +78,7 @@ class TorchMover:
         page_locked_bytes: How much RAM may be page-locked.
         spare_bytes: How much RAM is kept ready ahead of demand, beside what is held.
         spawn: Starts threads for what is done ahead of demand; `None` does nothing ahead.
-        build: Runs a loader; `modelcache.dataplane.loaders.build` when not given.
+        build: Runs a loader; `modelcache.dataplane.loading.loaders.build` when not given.
         now_s: Monotonic seconds.
         make_lock: Where locks come from.
     """
@@ -307,7 +309,7 @@ class TorchMover:
 
     def _run_loader(self, spec: ModelSpec) -> Built:
         if self._build is None:
-            from modelcache.dataplane.loaders import build
+            from modelcache.dataplane.loading.loaders import build
 
             self._build = partial(build, kept=self._kept)
         return self._build(spec)
@@ -323,7 +325,7 @@ class TorchMover:
             if any(id(each) in modules for module in model.modules.values() for each in module.modules()):
                 problem = f"returned a dispatched model that is, in whole or in part, {name!r}; register it once"
                 raise LoaderError(spec.name, str(spec.loader), problem)
-        from modelcache.dataplane.dispatched import take_over
+        from modelcache.dataplane.dispatch.dispatched import take_over
 
         return take_over(built.model, built.source, self._device, name=spec.name)
 
@@ -561,6 +563,6 @@ def _is_dispatched(built: Built) -> bool:
     has_meta = any(tensor.is_meta for module in modules for tensor in (*module.parameters(), *module.buffers()))
     if not has_hooks and not (has_meta and built.source is None):
         return False
-    from modelcache.dataplane.materialize import is_dispatched
+    from modelcache.dataplane.materialize.entry_points import is_dispatched
 
     return is_dispatched(built.model)

@@ -12,8 +12,8 @@ import torch
 
 from modelcache.dataplane.copies import Copy
 from modelcache.dataplane.image import View, WeightImage, covered
-from modelcache.dataplane.image_files import Contents, ImageFile
-from modelcache.dataplane.source import Source
+from modelcache.dataplane.images.files import Contents, ImageFile
+from modelcache.dataplane.loading.source import Source
 from modelcache.move import Residency
 from modelcache.spec import OnWrite
 

@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from modelcache.dataplane.blocks import return_freed_heap
 from modelcache.dataplane.copies import Copy, NewCopies, Tiers
 from modelcache.dataplane.fingerprint import fingerprint
 from modelcache.dataplane.image import View, covered
 from modelcache.dataplane.inventory import Slot, flat_bytes, storage_key
+from modelcache.dataplane.memory.blocks import return_freed_heap
 from modelcache.dataplane.parts import Member, Part, point
 from modelcache.errors import MoveError, WeightsError
 

@@ -25,7 +25,7 @@ from modelcache.cli.checks import (
     check_torch,
     check_wsl,
 )
-from modelcache.dataplane.probe import Stalls
+from modelcache.dataplane.probe.machine import Stalls
 
 GIB = 1024**3
 

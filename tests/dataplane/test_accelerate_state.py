@@ -10,8 +10,8 @@ from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from dispatched import ACCELERATOR, DISK_ONLY, SPLIT, Holder, Tied, Tiny, X, built_by_accelerate, leftovers
 from torch import nn
 
-from modelcache.dataplane import accelerate_state as state
-from modelcache.dataplane.materialize_journal import ABSENT, Entry, swap_all
+from modelcache.dataplane.materialize import accelerate_state as state
+from modelcache.dataplane.materialize.journal import ABSENT, Entry, swap_all
 
 
 def unhook(model):

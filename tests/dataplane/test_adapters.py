@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from modelcache.dataplane.adapters import (
+from modelcache.dataplane.loading.adapters import (
     default_concurrency,
     handle_in,
     modules_of,

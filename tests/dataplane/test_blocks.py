@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from modelcache.dataplane.blocks import RamBlocks, charge_bytes, return_freed_heap
 from modelcache.dataplane.device.faults import Faults
 from modelcache.dataplane.device.host_only import HostOnlyDevice
 from modelcache.dataplane.device.simulated import SimulatedDevice
+from modelcache.dataplane.memory.blocks import RamBlocks, charge_bytes, return_freed_heap
 
 PAGE = mmap.PAGESIZE
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from modelcache.dataplane import direct_reading, file_reading, file_ways
-from modelcache.dataplane.direct_reading import (
+from modelcache.dataplane.files import direct as direct_reading
+from modelcache.dataplane.files import reading as file_reading
+from modelcache.dataplane.files import ways as file_ways
+from modelcache.dataplane.files.direct import (
     BLOCK_BYTES,
     Bounces,
     EndsError,
@@ -21,10 +23,10 @@ from modelcache.dataplane.direct_reading import (
     direct,
     read_direct,
 )
-from modelcache.dataplane.file_reading import ChangedError, UnreadableError, read_into
-from modelcache.dataplane.file_ways import DISK_WORKERS, Way, Ways
-from modelcache.dataplane.page_cache import cached_bytes
-from modelcache.dataplane.weight_files import FileBytes, Headers
+from modelcache.dataplane.files.page_cache import cached_bytes
+from modelcache.dataplane.files.reading import ChangedError, UnreadableError, read_into
+from modelcache.dataplane.files.ways import DISK_WORKERS, Way, Ways
+from modelcache.dataplane.files.weight_files import FileBytes, Headers
 
 SIZE = 5 * BLOCK_BYTES + 123
 

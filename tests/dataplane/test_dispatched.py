@@ -13,7 +13,7 @@ from movers import Rig
 from torch import nn
 
 import modelcache
-from modelcache.dataplane.loaders import build
+from modelcache.dataplane.loading.loaders import build
 from modelcache.errors import LoaderError, MaterializeError, WeightsError
 from modelcache.spec import LoaderSpec, ModelSpec
 

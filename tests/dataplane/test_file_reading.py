@@ -12,10 +12,10 @@ from accelerate import dispatch_model
 from dispatched import ACCELERATOR, SPLIT, Tiny, assert_stuck, assert_whole, portrait, state
 from safetensors.torch import save_file
 
-from modelcache.dataplane import file_reading
-from modelcache.dataplane.file_reading import ChangedError, UnreadableError, read_into, reading
-from modelcache.dataplane.materialize import materialize_meta_tensors
-from modelcache.dataplane.weight_files import FileBytes, Headers, find_dat
+from modelcache.dataplane.files import reading as file_reading
+from modelcache.dataplane.files.reading import ChangedError, UnreadableError, read_into, reading
+from modelcache.dataplane.files.weight_files import FileBytes, Headers, find_dat
+from modelcache.dataplane.materialize.entry_points import materialize_meta_tensors
 from modelcache.errors import MaterializeError
 
 LARGE = (3 << 20) + 7  # elements; with 4 bytes each more than what is converted at once

@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from modelcache.dataplane import file_reading, fresh_pages
-from modelcache.dataplane.file_reading import read_into
-from modelcache.dataplane.fresh_pages import ask_for_pages, has_pages
-from modelcache.dataplane.weight_files import Headers
+from modelcache.dataplane.files import reading as file_reading
+from modelcache.dataplane.files.reading import read_into
+from modelcache.dataplane.files.weight_files import Headers
+from modelcache.dataplane.memory import fresh_pages
+from modelcache.dataplane.memory.fresh_pages import ask_for_pages, has_pages
 
 PAGE = mmap.PAGESIZE
 

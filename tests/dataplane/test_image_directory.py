@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from modelcache.dataplane.image_directory import OwnDirectory
+from modelcache.dataplane.images.directory import OwnDirectory
 
 
 def test_it_is_made_once_for_its_user_only_and_removed_when_empty(tmp_path):
@@ -41,7 +41,7 @@ def test_two_at_a_time_leave_each_other_alone(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from modelcache.dataplane.image_directory import OwnDirectory
+from modelcache.dataplane.images.directory import OwnDirectory
 path = OwnDirectory(Path(sys.argv[1])).make()
 (path / "half.tmp").write_text("half")
 (path / "whole.image").write_text("whole")

@@ -13,7 +13,7 @@ import torch
 
 from modelcache.dataplane.fingerprint import fingerprint
 from modelcache.dataplane.image import View, lay_out
-from modelcache.dataplane.image_files import Contents, ImageFiles
+from modelcache.dataplane.images.files import Contents, ImageFiles
 from modelcache.errors import MoveError, WeightsError
 
 SIZES = (700, 40, 1500)

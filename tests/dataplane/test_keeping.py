@@ -10,14 +10,14 @@ import pytest
 import torch
 from movers import Rig, TensorSource, bits, bumped, same_bits
 
-from modelcache.dataplane.adapters import named_tensors
 from modelcache.dataplane.image import View, lay_out
-from modelcache.dataplane.image_format import Contents
-from modelcache.dataplane.keeping import Keeper
-from modelcache.dataplane.kept_images import KeptImages
-from modelcache.dataplane.origin import Origin
-from modelcache.dataplane.skeletons import UnlikeError, take_layout
-from modelcache.dataplane.source import Built, Keepable
+from modelcache.dataplane.images.format import Contents
+from modelcache.dataplane.images.keeping import Keeper
+from modelcache.dataplane.images.kept import KeptImages
+from modelcache.dataplane.images.origin import Origin
+from modelcache.dataplane.loading.adapters import named_tensors
+from modelcache.dataplane.loading.skeletons import UnlikeError, take_layout
+from modelcache.dataplane.loading.source import Built, Keepable
 from modelcache.spec import ModelSpec
 
 SEGMENT = 4096
@@ -266,7 +266,7 @@ def test_a_surprise_in_the_background_is_a_warning_and_no_more(start, folder, tm
 
 
 def test_closing_ends_the_writing_and_leaves_nothing_half(start, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("modelcache.dataplane.keeping._PATIENCE_S", 0.0)
+    monkeypatch.setattr("modelcache.dataplane.images.keeping._PATIENCE_S", 0.0)
     reached, go_on = threading.Event(), threading.Event()
     write = KeptImages.write
 
@@ -392,8 +392,8 @@ def test_what_nobody_can_use_any_more_is_swept_in_the_background(start, folder, 
 
 
 def test_a_disk_that_hangs_does_not_hold_the_end_up(start, tmp_path, monkeypatch):
-    monkeypatch.setattr("modelcache.dataplane.keeping._PATIENCE_S", 0.0)
-    monkeypatch.setattr("modelcache.dataplane.keeping._LAST_WAIT_S", 0.0)
+    monkeypatch.setattr("modelcache.dataplane.images.keeping._PATIENCE_S", 0.0)
+    monkeypatch.setattr("modelcache.dataplane.images.keeping._LAST_WAIT_S", 0.0)
     reached, go_on = threading.Event(), threading.Event()
     sync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda descriptor: (reached.set(), go_on.wait(), sync(descriptor)))

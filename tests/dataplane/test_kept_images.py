@@ -11,13 +11,14 @@ import sys
 import pytest
 import torch
 
-from modelcache.dataplane import image_format, kept_images
 from modelcache.dataplane.fingerprint import fingerprint
 from modelcache.dataplane.image import View, lay_out
-from modelcache.dataplane.image_format import Contents
-from modelcache.dataplane.image_reading import read_segments
-from modelcache.dataplane.kept_images import AbandonedError, KeptImages
-from modelcache.dataplane.origin import Origin
+from modelcache.dataplane.images import format as image_format
+from modelcache.dataplane.images import kept as kept_images
+from modelcache.dataplane.images.format import Contents
+from modelcache.dataplane.images.kept import AbandonedError, KeptImages
+from modelcache.dataplane.images.origin import Origin
+from modelcache.dataplane.images.reading import read_segments
 
 SEGMENT = 1536
 SIZES = (700, 40, 1500)
@@ -368,7 +369,7 @@ def test_an_empty_folder_is_removed(tmp_path, source):
 
 
 def test_a_folder_that_another_process_holds_all_the_time_is_done_without(tmp_path, source, monkeypatch):
-    monkeypatch.setattr("modelcache.dataplane.kept_images._PAUSE_S", 0.0)
+    monkeypatch.setattr("modelcache.dataplane.images.kept._PAUSE_S", 0.0)
     file = write(kept(tmp_path), origin_of(source))
     descriptor = os.open(file.path.parent, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch import nn
 
-from modelcache.dataplane import folder_loaders
-from modelcache.dataplane.adapters import modules_of, named_tensors
-from modelcache.dataplane.loaders import build
-from modelcache.dataplane.source import Built
-from modelcache.dataplane.weights import JoinedSource, RebuildSource, SafetensorsSource
+from modelcache.dataplane.loading import folder_loaders
+from modelcache.dataplane.loading.adapters import modules_of, named_tensors
+from modelcache.dataplane.loading.loaders import build
+from modelcache.dataplane.loading.source import Built
+from modelcache.dataplane.loading.weights import JoinedSource, RebuildSource, SafetensorsSource
 from modelcache.errors import LoaderError, WeightsError
 from modelcache.handle import ModelHandle
 from modelcache.spec import LoaderSpec, ModelSpec

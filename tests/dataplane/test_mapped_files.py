@@ -8,10 +8,10 @@ from movers import Rig, bits, same_bits
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from modelcache.dataplane import mapped_files
-from modelcache.dataplane.loaders import build
-from modelcache.dataplane.mapped_files import leave_to_files, unwritten_regions
-from modelcache.dataplane.weights import Location
+from modelcache.dataplane.files import mapped as mapped_files
+from modelcache.dataplane.files.mapped import leave_to_files, unwritten_regions
+from modelcache.dataplane.loading.loaders import build
+from modelcache.dataplane.loading.weights import Location
 from modelcache.headers import model_headers
 from modelcache.move import Moved
 from modelcache.spec import LoaderSpec, ModelSpec

@@ -49,7 +49,7 @@ from dispatched import (
 from safetensors.torch import save_file
 from torch import nn
 
-from modelcache.dataplane.materialize import is_dispatched, materialize_meta_tensors, plan_materialize
+from modelcache.dataplane.materialize.entry_points import is_dispatched, materialize_meta_tensors, plan_materialize
 from modelcache.errors import MaterializeError
 
 

@@ -11,7 +11,12 @@ from dispatched import IDS, REFUSES, Tied, Tiny, X, assert_same, assert_stuck, a
 from torch import nn
 
 from modelcache.dataplane.device.simulated import SimulatedDevice
-from modelcache.dataplane.materialize import materialize_meta_tensors, materialized, plan_materialize, restore_dispatch
+from modelcache.dataplane.materialize.entry_points import (
+    materialize_meta_tensors,
+    materialized,
+    plan_materialize,
+    restore_dispatch,
+)
 from modelcache.errors import MaterializeMemoryError
 
 SPLIT = {"linear1": "sim:0", "batchnorm": "cpu", "linear2": "disk"}

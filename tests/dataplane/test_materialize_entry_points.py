@@ -38,7 +38,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from modelcache.dataplane.device.simulated import SimulatedDevice
-from modelcache.dataplane.materialize import is_dispatched, materialize_meta_tensors, materialized, restore_dispatch
+from modelcache.dataplane.materialize.entry_points import (
+    is_dispatched,
+    materialize_meta_tensors,
+    materialized,
+    restore_dispatch,
+)
 from modelcache.errors import MaterializeError
 
 

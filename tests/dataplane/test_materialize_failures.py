@@ -13,8 +13,8 @@ from dispatched import ACCELERATOR, DISK_ONLY, SPLIT, Tiny, X, assert_moves, ass
 from safetensors.torch import save_file
 from torch import nn
 
-from modelcache.dataplane import materialize
-from modelcache.dataplane.materialize import materialize_meta_tensors
+from modelcache.dataplane.materialize import entry_points as materialize
+from modelcache.dataplane.materialize.entry_points import materialize_meta_tensors
 from modelcache.errors import MaterializeError, MaterializeMemoryError
 
 NUM_OFFLOADED = 6  # the parameters of Tiny

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from modelcache.dataplane.device.simulated import SimulatedDevice
-from modelcache.dataplane.diffusers_state import offloads_groups
-from modelcache.dataplane.materialize import (
+from modelcache.dataplane.materialize.diffusers_state import offloads_groups
+from modelcache.dataplane.materialize.entry_points import (
     is_dispatched,
     materialize_meta_tensors,
     materialized,

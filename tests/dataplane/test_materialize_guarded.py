@@ -14,7 +14,7 @@ from torch import nn
 
 import modelcache
 from modelcache import ModelCache
-from modelcache.dataplane.materialize import (
+from modelcache.dataplane.materialize.entry_points import (
     is_dispatched,
     materialize_meta_tensors,
     materialized,

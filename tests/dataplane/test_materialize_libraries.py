@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from modelcache.dataplane.device.simulated import SimulatedDevice
-from modelcache.dataplane.materialize import is_dispatched, materialize_meta_tensors, restore_dispatch
+from modelcache.dataplane.materialize.entry_points import is_dispatched, materialize_meta_tensors, restore_dispatch
 from modelcache.errors import MaterializeError
 
 # What the libraries say about themselves and each other while they load.

@@ -15,8 +15,8 @@ from torch import nn
 
 import modelcache
 from modelcache import add_materialize_methods, restore_dispatch
-from modelcache.dataplane import materialize
-from modelcache.dataplane.materialize_methods import ModelMethod
+from modelcache.dataplane.materialize import entry_points as materialize
+from modelcache.dataplane.materialize.methods import ModelMethod
 from modelcache.errors import MaterializeError, MaterializeMemoryError
 
 NAMES = ("materialize", "materialize_all", "materialized")

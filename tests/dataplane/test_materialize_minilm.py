@@ -11,7 +11,7 @@ from accelerate import dispatch_model
 from dispatched import NO_DATA, REFUSES, assert_same, assert_whole, leftovers, meta_names, portrait, state, tensors
 
 from modelcache.dataplane.device.simulated import SimulatedDevice
-from modelcache.dataplane.materialize import (
+from modelcache.dataplane.materialize.entry_points import (
     is_dispatched,
     materialize_meta_tensors,
     materialized,

@@ -23,7 +23,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from modelcache.dataplane.device.simulated import SimulatedDevice
-from modelcache.dataplane.materialize import is_dispatched, materialize_meta_tensors, plan_materialize, restore_dispatch
+from modelcache.dataplane.materialize.entry_points import (
+    is_dispatched,
+    materialize_meta_tensors,
+    plan_materialize,
+    restore_dispatch,
+)
 from modelcache.errors import MaterializeError
 
 # What the libraries say about themselves and each other.

@@ -29,7 +29,7 @@ from dispatched import (
 )
 from torch import nn
 
-from modelcache.dataplane.materialize import (
+from modelcache.dataplane.materialize.entry_points import (
     is_dispatched,
     materialize_meta_tensors,
     materialized,

@@ -8,7 +8,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from dispatched import ACCELERATOR, DISK_ONLY, IDS, Tied, X, assert_whole, skip_if_offloaded_ties_cannot_run, state
 from torch import nn
 
-from modelcache.dataplane.materialize import materialize_meta_tensors
+from modelcache.dataplane.materialize.entry_points import materialize_meta_tensors
 from modelcache.errors import MaterializeError
 
 

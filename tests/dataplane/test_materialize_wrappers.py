@@ -20,7 +20,12 @@ from dispatched import (
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from modelcache.dataplane.materialize import is_dispatched, materialize_meta_tensors, materialized, restore_dispatch
+from modelcache.dataplane.materialize.entry_points import (
+    is_dispatched,
+    materialize_meta_tensors,
+    materialized,
+    restore_dispatch,
+)
 from modelcache.errors import MaterializeError
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from movers import Odd, Rig, TensorSource, bits, same_bits
 
 from modelcache.dataplane.device.host_only import HostOnlyDevice
+from modelcache.dataplane.loading.source import Built
 from modelcache.dataplane.mover import TorchMover
-from modelcache.dataplane.source import Built
 from modelcache.errors import (
     CacheClosedError,
     InvalidTransitionError,

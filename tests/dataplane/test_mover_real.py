@@ -9,7 +9,7 @@ import torch
 from movers import Rig, bits, same_bits
 from safetensors.torch import save_file
 
-from modelcache.dataplane.loaders import build
+from modelcache.dataplane.loading.loaders import build
 from modelcache.errors import ModelNotResidentError
 from modelcache.move import Move, Moved, Residency
 from modelcache.spec import LoaderSpec, ModelSpec
@@ -100,7 +100,7 @@ def test_a_dispatched_model_is_made_whole_and_cached_like_any_other(rig, tmp_pat
         places |= {f"model.layers.{i}": place for i, place in enumerate(["cpu", "disk", "cpu"])}
         return dispatch_model(model, device_map=places, main_device="cpu", offload_dir=str(tmp_path / "offload"))
 
-    pytest.importorskip("modelcache.dataplane.materialize")
+    pytest.importorskip("modelcache.dataplane.materialize.entry_points")
     (part,) = load(rig, "llama", call=dispatched).parts
     model = rig.mover.object_of("llama")
     rig.stage(part.part)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from movers import Odd, Rig, bits, same_bits
 
-from modelcache.dataplane.blocks import RamBlocks
 from modelcache.dataplane.device.simulated import SimulatedDevice
+from modelcache.dataplane.memory.blocks import RamBlocks
 from modelcache.errors import MoveError
 
 

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from modelcache.dataplane import page_cache
-from modelcache.dataplane.page_cache import cached_bytes, forget, is_absent
+from modelcache.dataplane.files import page_cache
+from modelcache.dataplane.files.page_cache import cached_bytes, forget, is_absent
 
 PAGE = mmap.PAGESIZE
 

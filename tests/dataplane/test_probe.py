@@ -3,7 +3,7 @@ import sys
 
 from nvml_fakes import GIB, Card, FakeNvml, sliced_card
 
-from modelcache.dataplane.probe import Reading, Unavailable, cuda_figures, machine_report, totals
+from modelcache.dataplane.probe.machine import Reading, Unavailable, cuda_figures, machine_report, totals
 
 
 def one_card(**more):
@@ -90,7 +90,7 @@ def test_a_cuda_device_that_is_not_there_has_no_figures():
 def test_probing_imports_no_torch():
     code = (
         "import sys\n"
-        "from modelcache.dataplane.probe import machine_report, totals\n"
+        "from modelcache.dataplane.probe.machine import machine_report, totals\n"
         "totals(0), machine_report()\n"
         "sys.exit('torch' in sys.modules)"
     )

@@ -11,10 +11,10 @@ from nvml_fakes import Card, FakeNvml
 
 from modelcache.dataplane.device.host_only import HostOnlyDevice
 from modelcache.dataplane.device.simulated import SimulatedDevice
-from modelcache.dataplane.probe_facts import Unavailable
-from modelcache.dataplane.probe_gauge import MachineGauge, gauge_of
-from modelcache.dataplane.probe_pressure import stalls
-from modelcache.dataplane.probe_vram import VramProbe
+from modelcache.dataplane.probe.facts import Unavailable
+from modelcache.dataplane.probe.gauge import MachineGauge, gauge_of
+from modelcache.dataplane.probe.pressure import stalls
+from modelcache.dataplane.probe.vram import VramProbe
 from modelcache.errors import DevicePoisonedError
 from modelcache.testing import FakeClock
 from modelcache.tier import Tier

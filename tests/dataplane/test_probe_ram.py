@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from modelcache.dataplane.probe_ram import RamProbe
+from modelcache.dataplane.probe.ram import RamProbe
 
 GIB = 1024**3
 V2_MOUNT = "30 23 0:27 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"

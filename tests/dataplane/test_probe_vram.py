@@ -2,7 +2,7 @@ import pynvml
 import pytest
 from nvml_fakes import GIB, Card, FakeNvml, error, sliced_card
 
-from modelcache.dataplane.probe import AllocatorFigures, DriverFigures, Reading, Unavailable, VramProbe
+from modelcache.dataplane.probe.machine import AllocatorFigures, DriverFigures, Reading, Unavailable, VramProbe
 
 
 class FakeHost:

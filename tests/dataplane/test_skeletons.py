@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from modelcache.dataplane.adapters import named_tensors
 from modelcache.dataplane.image import lay_out
-from modelcache.dataplane.skeletons import (
+from modelcache.dataplane.loading.adapters import named_tensors
+from modelcache.dataplane.loading.skeletons import (
     UnlikeError,
     facts_of,
     layout_of,

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modelcache import ModelCache, Tier, WeightsError
-from modelcache.dataplane import blocks as blocks_module
-from modelcache.dataplane import spare_pages
-from modelcache.dataplane.background import Background
-from modelcache.dataplane.blocks import RamBlocks
 from modelcache.dataplane.device.faults import Faults
 from modelcache.dataplane.device.host_only import HostOnlyDevice
 from modelcache.dataplane.device.simulated import SimulatedDevice
-from modelcache.dataplane.spare_pages import Pages, SparePages
+from modelcache.dataplane.memory import blocks as blocks_module
+from modelcache.dataplane.memory import spare_pages
+from modelcache.dataplane.memory.background import Background
+from modelcache.dataplane.memory.blocks import RamBlocks
+from modelcache.dataplane.memory.spare_pages import Pages, SparePages
 
 PAGE = mmap.PAGESIZE
 MIB = 1 << 20

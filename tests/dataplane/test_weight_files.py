@@ -7,8 +7,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from modelcache.dataplane import weight_files
-from modelcache.dataplane.weight_files import FileBytes, FileProblemError, Headers, find_dat, index_of, torch_dtype
+from modelcache.dataplane.files import weight_files
+from modelcache.dataplane.files.weight_files import (
+    FileBytes,
+    FileProblemError,
+    Headers,
+    find_dat,
+    index_of,
+    torch_dtype,
+)
 from modelcache.header_grammar import BITS_OF, TensorEntry
 from modelcache.headers import FileIdentity, read_header
 

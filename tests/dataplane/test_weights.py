@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from modelcache.dataplane import file_reading
-from modelcache.dataplane.file_reading import bytes_of
-from modelcache.dataplane.matching import match_tensors
-from modelcache.dataplane.source import Source
-from modelcache.dataplane.weights import (
+from modelcache.dataplane.files import reading as file_reading
+from modelcache.dataplane.files.reading import bytes_of
+from modelcache.dataplane.loading.matching import match_tensors
+from modelcache.dataplane.loading.source import Source
+from modelcache.dataplane.loading.weights import (
     JoinedSource,
     KeptSource,
     Location,

@@ -23,7 +23,7 @@ from modelcache.config import load_config
 from modelcache.config.document import spell
 from modelcache.config.layers import variable
 from modelcache.config.values import Scalar, read_budget, read_idle, read_segment
-from modelcache.dataplane.folder_checks import checked_config, checked_parts
+from modelcache.dataplane.loading.folder_checks import checked_config, checked_parts
 from modelcache.errors import ConfigError, WeightsError
 from modelcache.headers import model_files, read_header, weight_places, weights_bytes
 from modelcache.spec import LOADER_KINDS, check_loader, check_name, did_you_mean
@@ -306,7 +306,7 @@ def folder(data: bytes) -> None:
 
 def image(data: bytes) -> None:
     """Only `UnusableError`, whatever an image file says; the first byte chooses whether a manifest is wrapped well."""
-    from modelcache.dataplane.image_format import MAGIC, UnusableError, describe
+    from modelcache.dataplane.images.format import MAGIC, UnusableError, describe
 
     content = data[1:]
     if data[:1] != b"\0":

@@ -120,8 +120,8 @@ def killed_in_a_kept_image(folder: Path) -> None:
     sys.path.insert(0, str(TESTS / "dataplane"))
     import test_kept_images as kept_images
 
-    from modelcache.dataplane import image_format
-    from modelcache.dataplane import kept_images as product
+    from modelcache.dataplane.images import format as image_format
+    from modelcache.dataplane.images import kept as product
 
     source = folder / "model.bin"
     source.write_bytes(b"weights" * 100)

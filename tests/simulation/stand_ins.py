@@ -70,22 +70,15 @@ def threads_of(scheduler: Scheduler, pool: SimPool) -> Generator[None]:
 @contextmanager
 def data_plane_of(scheduler: Scheduler, pool: SimPool) -> Generator[None]:
     """Let the locks, queues, threads and readers of the data plane be those of the simulation."""
-    from modelcache.dataplane import (
-        arrival,
-        background,
-        blocks,
-        bringing_up,
-        file_reading,
-        image_directory,
-        image_files,
-        image_reading,
-        keeping,
-        kept_images,
-        mover,
-        spare_pages,
-        staging,
-    )
+    from modelcache.dataplane import arrival, bringing_up, mover, staging
     from modelcache.dataplane.device import simulated_streams
+    from modelcache.dataplane.files import reading as file_reading
+    from modelcache.dataplane.images import directory as image_directory
+    from modelcache.dataplane.images import files as image_files
+    from modelcache.dataplane.images import keeping
+    from modelcache.dataplane.images import kept as kept_images
+    from modelcache.dataplane.images import reading as image_reading
+    from modelcache.dataplane.memory import background, blocks, spare_pages
 
     lock = {"Lock": pool.lock}
     executor = {"ThreadPoolExecutor": partial(SimExecutor, scheduler)}

@@ -1,0 +1,1 @@
+"""Dispatched models that run in the cache."""

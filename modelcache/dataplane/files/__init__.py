@@ -1,0 +1,1 @@
+"""Bytes of weight files into memory."""

@@ -1,0 +1,1 @@
+"""Image files: written, read, and kept for the next process."""

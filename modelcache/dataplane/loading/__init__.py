@@ -1,0 +1,1 @@
+"""From a registration to an object and a source of its bytes."""

@@ -1,0 +1,1 @@
+"""Accelerate-dispatched models made whole, and put back."""

@@ -1,0 +1,1 @@
+"""RAM in pieces, made ready ahead of demand."""
