@@ -33,7 +33,7 @@ class TensorSource:
     def names(self) -> frozenset[str]:
         return frozenset(self.tensors)
 
-    def fill(self, targets, report=None) -> None:
+    def fill(self, targets, report=None, landed=None) -> None:
         self.fills += 1
         for name, target in targets.items():
             assert target.is_contiguous()

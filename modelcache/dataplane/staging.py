@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ def fill(part: Part, new: NewCopies, tiers: Tiers, segments: Sequence[int], tell
         prints = _fill_from_disk(part, new, tiers, from_disk, tell)
     if from_meta:
         storages = [i for s in from_meta for i in part.image.segments[s].storages if part.readers[i][0].tensor.is_meta]
-        _fill_from_source(part, new, storages, tell)
+        prints |= _fill_from_source(part, new, storages, tell)
     with_loader = [segment for segment in segments if part.with_loader[segment]]
     let_go = _LetGo(sum(part.image.segments[segment].size_bytes for segment in with_loader))
     for segment in with_loader:
@@ -83,7 +84,7 @@ class _LetGo:
 
 
 def _fill_from_disk(part: Part, new: NewCopies, tiers: Tiers, segments: list[int], tell: Tell) -> dict[int, int]:
-    """Returns the fingerprints that were taken on the way: none when the source was read, and not the image file."""
+    """Returns the fingerprints that were taken on the way."""
     if part.file is not None and tiers.files is not None:
         try:
             return _fill_from_file(part, new, tiers, segments, tell)
@@ -99,8 +100,7 @@ def _fill_from_disk(part: Part, new: NewCopies, tiers: Tiers, segments: list[int
                 new.ram[segment].memory.zero_()  # what the source does not write must not be what the file had there
     if not part.restorable_from_source:
         raise MoveError(part.model, "disk", "ram", "neither an image file nor a readable source holds its bytes")
-    _fill_from_source(part, new, [i for s in segments for i in part.image.segments[s].storages], tell)
-    return {}
+    return _fill_from_source(part, new, [i for s in segments for i in part.image.segments[s].storages], tell)
 
 
 def _fill_from_file(part: Part, new: NewCopies, tiers: Tiers, segments: list[int], tell: Tell) -> dict[int, int]:
@@ -114,13 +114,19 @@ def _fill_from_file(part: Part, new: NewCopies, tiers: Tiers, segments: list[int
             buffer.release()
 
 
-def _fill_from_source(part: Part, new: NewCopies, storages: list[int], tell: Tell) -> None:
-    """Let the source write into its tensors' places; what it cannot give comes from the residue."""
+def _fill_from_source(part: Part, new: NewCopies, storages: list[int], tell: Tell) -> dict[int, int]:
+    """Let the source write into its tensors' places; what it cannot give comes from the residue.
+
+    Returns the fingerprints of the segments that were complete before the rest was.
+    """
     assert part.source is not None
     targets: dict[str, torch.Tensor] = {}
     bent: list[tuple[torch.Tensor, torch.Tensor]] = []
+    segment_of: dict[str, int] = {}
+    later = {part.image.storages[index].segment for index in set(_all_of(part, storages)).difference(storages)}
     for index in storages:
-        copy = new.ram[part.image.storages[index].segment]
+        segment = part.image.storages[index].segment
+        copy = new.ram[segment]
         if index in part.residue:
             copy.storage(index).copy_(part.residue[index])
         else:
@@ -130,11 +136,55 @@ def _fill_from_source(part: Part, new: NewCopies, storages: list[int], tell: Tel
                     # Sources write rows of bytes; another memory format is put right afterwards.
                     bent.append((target, torch.empty(view.shape, dtype=view.dtype, device="cpu")))
                     target = bent[-1][1]
-                targets[name] = target
-    if targets:
-        part.source.fill(targets, tell)
+                    later.add(segment)
+                targets[name], segment_of[name] = target, segment
+    if not targets:
+        return {}
+    with _Meanwhile(new, {name: s for name, s in segment_of.items() if s not in later}) as meanwhile:
+        part.source.fill(targets, tell, meanwhile.landed)
         for target, straight in bent:
             target.copy_(straight)
+        return meanwhile.prints()
+
+
+def _all_of(part: Part, storages: Sequence[int]) -> Iterator[int]:
+    """All storages of the segments in which these are."""
+    for segment in {part.image.storages[index].segment for index in storages}:
+        yield from part.image.segments[segment].storages
+
+
+class _Meanwhile:
+    """Fingerprints segments that are complete while others are still being read: a disk leaves processors idle.
+
+    Args:
+        new: Where the segments are.
+        segment_of: The segment of each target whose segment has nothing but such targets in it.
+    """
+
+    def __init__(self, new: NewCopies, segment_of: dict[str, int]) -> None:
+        self._new, self._segment_of, self._left = new, segment_of, Counter(segment_of.values())
+        self._workers = ThreadPoolExecutor(_num_workers(), thread_name_prefix="modelcache-check")
+        self._found: dict[int, Future[int]] = {}
+
+    def landed(self, name: str) -> None:
+        """A target is complete."""
+        segment = self._segment_of.get(name)
+        if segment is None:
+            return
+        self._left[segment] -= 1
+        if not self._left[segment]:
+            self._found[segment] = self._workers.submit(fingerprint, self._new.ram[segment].memory)
+
+    def prints(self) -> dict[int, int]:
+        """Of the segments that were complete."""
+        return {segment: future.result() for segment, future in self._found.items()}
+
+    def __enter__(self) -> _Meanwhile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        # Whoever failed gives the memory back, and nobody may be reading it then.
+        self._workers.shutdown(wait=True, cancel_futures=True)
 
 
 def _take_from_loader(part: Part, copy: Copy, tiers: Tiers, segment: int, tell: Tell, let_go: _LetGo) -> None:
@@ -201,11 +251,15 @@ def _check(part: Part, new: NewCopies, segments: Sequence[int], prints: dict[int
 def _fingerprints(new: NewCopies, segments: Sequence[int]) -> dict[int, int]:
     """Computed by several threads where there are processors for them: it takes one longer than reading the bytes."""
     memories = [new.ram[segment].memory for segment in segments]
-    num_workers = min(4, (os.cpu_count() or 1) // 2, len(segments))
+    num_workers = min(_num_workers(), len(segments))
     if num_workers < 2:
         return dict(zip(segments, map(fingerprint, memories), strict=True))
     with ThreadPoolExecutor(num_workers, thread_name_prefix="modelcache-check") as workers:
         return dict(zip(segments, workers.map(fingerprint, memories), strict=True))
+
+
+def _num_workers() -> int:
+    return max(1, min(4, (os.cpu_count() or 1) // 2))
 
 
 def _describe(part: Part) -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from modelcache.dataplane.files.reading import ChangedError, Report, UnreadableError, read_into, read_tensor
+from modelcache.dataplane.files.reading import ChangedError, UnreadableError, read_into, read_tensor
 from modelcache.dataplane.files.weight_files import FileBytes
-from modelcache.dataplane.loading.source import Source
+from modelcache.dataplane.loading.source import Landed, Report, Source
 from modelcache.dataplane.materialize.record import Mark, mark_of
 from modelcache.errors import WeightsError
 
@@ -47,7 +47,9 @@ class DispatchSource:
         rest = frozenset() if self._rest is None else self._rest.names()
         return rest.union(self._places)
 
-    def fill(self, targets: Mapping[str, torch.Tensor], report: Report | None = None) -> None:
+    def fill(
+        self, targets: Mapping[str, torch.Tensor], report: Report | None = None, landed: Landed | None = None
+    ) -> None:
         """Read each named tensor into its target.
 
         Raises:
@@ -56,9 +58,9 @@ class DispatchSource:
             LoaderError: The loader, called again for what is in no file, failed.
         """
         with self._turn:
-            self._fill(targets, report)
+            self._fill(targets, report, landed)
 
-    def _fill(self, targets: Mapping[str, torch.Tensor], report: Report | None) -> None:
+    def _fill(self, targets: Mapping[str, torch.Tensor], report: Report | None, landed: Landed | None) -> None:
         names = [name for name in targets if name in self._places]
         try:
             read_into([(self._places[name], targets[name]) for name in names], report)
@@ -71,7 +73,7 @@ class DispatchSource:
         others = {name: target for name, target in targets.items() if name not in self._places}
         if others:
             assert self._rest is not None, "asked for what this source does not offer"
-            self._rest.fill(others, report)
+            self._rest.fill(others, report, landed)
 
     def _check(self, name: str, tensor: torch.Tensor) -> None:
         mark = self._marks.get(name)

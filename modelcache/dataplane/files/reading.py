@@ -100,6 +100,7 @@ def read_into(
     wanted: Sequence[tuple[FileBytes, torch.Tensor]],
     report: Report | None = None,
     num_workers: int | None = None,
+    landed: Callable[[int], None] | None = None,
 ) -> None:
     """Read tensors from files into memory that is there already.
 
@@ -111,6 +112,7 @@ def read_into(
         wanted: Where each tensor's bytes are, and the tensor on the CPU that gets them, of the same shape.
         report: Called in this thread with the bytes read since the last call. What it raises ends the work.
         num_workers: Threads that read; as many as suit the files when not given.
+        landed: Called in this thread with the position of each tensor once it is complete.
 
     Raises:
         UnreadableError: A file is missing, damaged, or not the file it was when the tensor was found (`ChangedError`).
@@ -131,6 +133,10 @@ def read_into(
         for piece in pieces:
             if report is not None:
                 report(sum(segment.size_bytes for segment in piece))
+            if landed is not None:
+                for segment in piece:
+                    if segment.is_last:
+                        landed(segment.position)
 
 
 def in_file_order(places: Sequence[FileBytes]) -> list[tuple[int, FileBytes]]:

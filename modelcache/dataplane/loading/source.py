@@ -12,6 +12,9 @@ from modelcache.dataplane.image import View, WeightImage
 from modelcache.dataplane.images.format import Described
 from modelcache.dataplane.images.origin import Origin
 
+Report = Callable[[int], None]
+Landed = Callable[[str], None]
+
 
 class Source(Protocol):
     """The origin of a model's weights, readable more than once.
@@ -26,12 +29,15 @@ class Source(Protocol):
     def names(self) -> frozenset[str]:
         """The tensors this source can fill."""
 
-    def fill(self, targets: Mapping[str, torch.Tensor], report: Callable[[int], None] | None = None) -> None:
+    def fill(
+        self, targets: Mapping[str, torch.Tensor], report: Report | None = None, landed: Landed | None = None
+    ) -> None:
         """Write the bytes of each named tensor into its target, in place.
 
         Args:
             targets: Full name -> CPU tensor of the final dtype and shape, over the model's RAM block.
             report: Called with the number of bytes read since the last call.
+            landed: Called with the name of each target that is complete while others are not; need not be called.
 
         Raises:
             WeightsError: A file is missing, damaged, or changed since the model was first read.

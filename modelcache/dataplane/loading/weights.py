@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from modelcache.dataplane.files.reading import ChangedError, Report, UnreadableError, bytes_of, read_into
+from modelcache.dataplane.files.reading import ChangedError, UnreadableError, bytes_of, read_into
 from modelcache.dataplane.files.weight_files import FileBytes, place_of, torch_dtype
 from modelcache.dataplane.loading.adapters import modules_of, named_tensors
-from modelcache.dataplane.loading.source import Source
+from modelcache.dataplane.loading.source import Landed, Report, Source
 from modelcache.errors import LoaderError, WeightsError
 from modelcache.headers import Header, TensorEntry
 
@@ -74,7 +74,9 @@ class SafetensorsSource:
         """The tensors this source can fill."""
         return frozenset(self._where)
 
-    def fill(self, targets: Mapping[str, torch.Tensor], report: Report | None = None) -> None:
+    def fill(
+        self, targets: Mapping[str, torch.Tensor], report: Report | None = None, landed: Landed | None = None
+    ) -> None:
         """Read each named tensor into its target, with a few threads that are gone when this returns or raises.
 
         Floating-point tensors are converted to the target's dtype; any other difference of dtype is an error. What
@@ -91,7 +93,7 @@ class SafetensorsSource:
             self._check_fit(location, target)
             wanted.append((place_of(str(location.header.path), location.header, location.key), target))
         try:
-            read_into(wanted, report)
+            read_into(wanted, report, landed=None if landed is None else _by_name(landed, list(targets)))
         except UnreadableError as error:
             problem = error.problem
             if isinstance(error, ChangedError):
@@ -111,6 +113,17 @@ class SafetensorsSource:
 
     def _error(self, path: Path | str, problem: str, tensor: str | None = None) -> WeightsError:
         return WeightsError(self._model_name, str(path), problem, tensor)
+
+
+def _tell(name: str, target: torch.Tensor, report: Report | None, landed: Landed | None) -> None:
+    if report is not None:
+        report(target.numel() * target.dtype.itemsize)
+    if landed is not None:
+        landed(name)
+
+
+def _by_name(landed: Landed, names: Sequence[str]) -> Callable[[int], None]:
+    return lambda position: landed(names[position])
 
 
 def _second_opinion(path: Path, keys: frozenset[str], model_name: str) -> None:
@@ -171,7 +184,9 @@ class RebuildSource:
             self._build, self._names, model_name=self._model_name, loader=self._loader, expected=checksums
         )
 
-    def fill(self, targets: Mapping[str, torch.Tensor], report: Report | None = None) -> None:
+    def fill(
+        self, targets: Mapping[str, torch.Tensor], report: Report | None = None, landed: Landed | None = None
+    ) -> None:
         """Call the loader and copy its tensors.
 
         Raises:
@@ -186,8 +201,7 @@ class RebuildSource:
         with torch.inference_mode(mode=False), torch.no_grad():
             for name, target in targets.items():
                 self._copy(name, built.get(name), target)
-                if report is not None:
-                    report(target.numel() * target.dtype.itemsize)
+                _tell(name, target, report, landed)
 
     def _copy(self, name: str, made: torch.Tensor | None, target: torch.Tensor) -> None:
         if made is None:
@@ -233,13 +247,14 @@ class KeptSource:
         """The tensors this source can fill."""
         return frozenset(self._tensors)
 
-    def fill(self, targets: Mapping[str, torch.Tensor], report: Report | None = None) -> None:
+    def fill(
+        self, targets: Mapping[str, torch.Tensor], report: Report | None = None, landed: Landed | None = None
+    ) -> None:
         """Copy the kept tensors."""
         with torch.inference_mode(mode=False), torch.no_grad():
             for name, target in targets.items():
                 target.copy_(self._tensors[name])
-                if report is not None:
-                    report(target.numel() * target.dtype.itemsize)
+                _tell(name, target, report, landed)
 
 
 class JoinedSource:
@@ -256,12 +271,14 @@ class JoinedSource:
         """The tensors that any of them can fill."""
         return frozenset().union(*(source.names() for source in self._sources))
 
-    def fill(self, targets: Mapping[str, torch.Tensor], report: Report | None = None) -> None:
+    def fill(
+        self, targets: Mapping[str, torch.Tensor], report: Report | None = None, landed: Landed | None = None
+    ) -> None:
         """Ask each source for what it has; the first that has a tensor fills it."""
         left = dict(targets)
         for source in self._sources:
             names = source.names()
             mine = {name: left.pop(name) for name in list(left) if name in names}
             if mine:
-                source.fill(mine, report)
+                source.fill(mine, report, landed)
         assert not left, "a target that no source has"
