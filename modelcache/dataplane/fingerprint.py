@@ -9,15 +9,20 @@ chance of about 2**-32 or less; it is no defence against somebody who looks for 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from functools import cache
+from typing import Any
 
+import numpy as np
 import torch
+
+Words = np.ndarray[Any, np.dtype[Any]]
 
 _ROW_WORDS = 1 << 16
 _ROWS_AT_ONCE = 16
-# Pieces this small stay in the cache of one core, and torch works on them with one thread: its many threads wait for
-# each other after every step, and for very long where other work has the cores.
+# Widened, a piece stays in the cache of one core. By numpy: torch gives work of this size to threads that wait for each
+# other, very long where others work.
 _PIECE_WORDS = 1 << 15
 CHUNK_BYTES = _ROWS_AT_ONCE * _ROW_WORDS * 4
 """How much is looked at in one go; `fetch` is asked for no more."""
@@ -25,6 +30,7 @@ ROW_BYTES = _ROW_WORDS * 4
 """`sums_of` takes multiples of it."""
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+_own = threading.local()
 TEMPORARY_BYTES = (_ROWS_AT_ONCE + 1) * _ROW_WORDS * 8
 """What `fingerprint` may allocate where the bytes are, at most."""
 
@@ -86,20 +92,34 @@ def _row_sums(chunk: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
     return sums
 
 
+def _wide() -> Words:
+    """A buffer of this thread, kept: the system would make one of this size anew each time, page by page."""
+    found: Words | None = getattr(_own, "wide", None)
+    if found is None:
+        found = _own.wide = np.empty(_PIECE_WORDS, np.int64)
+    return found
+
+
+def _product(words: Words, weights: Words, wide: Words) -> int:
+    """The inner product, to be taken modulo 2**64; other threads run meanwhile."""
+    total = 0
+    for start in range(0, words.size, _PIECE_WORDS):
+        piece = words[start : start + _PIECE_WORDS]
+        np.copyto(wide[: piece.size], piece)
+        total += int(np.dot(wide[: piece.size], weights[start : start + piece.size]))
+    return total
+
+
 def _sums_in_cache(chunk: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
-    words = chunk[: chunk.numel() // 4 * 4].view(torch.int32)
-    pieces = torch.split(weights, _PIECE_WORDS)
-    wide = torch.empty(min(_PIECE_WORDS, words.numel()), dtype=torch.int64, device="cpu")
-    sums: list[torch.Tensor] = []
-    for row in torch.split(words, _ROW_WORDS) if words.numel() else ():
-        parts = [
-            torch.dot(wide[: piece.numel()].copy_(piece), weight[: piece.numel()])
-            for piece, weight in zip(torch.split(row, _PIECE_WORDS), pieces, strict=False)
-        ]
-        sums.append(sum(parts[1:], start=parts[0]).reshape(1))
+    words, factors = chunk[: chunk.numel() // 4 * 4].view(torch.int32).numpy(), weights.numpy()
+    wide = _wide()
+    sums = [
+        _product(words[start : start + _ROW_WORDS], factors, wide) & _MASK for start in range(0, words.size, _ROW_WORDS)
+    ]
+    found = [torch.from_numpy(np.array(sums, np.uint64).view(np.int64))] if sums else []
     if odd := chunk.numel() % 4:
-        sums.append(chunk[-odd:].to(torch.int64))
-    return sums
+        found.append(chunk[-odd:].to(torch.int64))
+    return found
 
 
 @cache
