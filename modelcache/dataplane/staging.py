@@ -259,7 +259,7 @@ def _fingerprints(new: NewCopies, segments: Sequence[int]) -> dict[int, int]:
 
 
 def _num_workers() -> int:
-    return max(1, min(4, (os.cpu_count() or 1) // 2))
+    return min(4, os.cpu_count() or 1)
 
 
 def _describe(part: Part) -> str:
