@@ -151,6 +151,8 @@ class ModelCache:
                 vram_share=parts.vram_share,
             )
         self._close_lock = threading.Lock()
+        # A name changes hands in one step for whoever registers and whoever unregisters.
+        self._naming = parts.pool.lock()
         self._end_lock = threading.Lock()
         self._is_given_up = False
         self._leaving: dict[str, MoveFuture] = {}
@@ -183,12 +185,13 @@ class ModelCache:
 
     def _register(self, spec: ModelSpec) -> None:
         self._door.require_open()
-        leaving = self._leaving.get(spec.name)
-        if leaving is not None and not leaving.done():
-            raise ValueError(f"{spec.name!r} was unregistered but is still leased; return its leases first")
-        self._leaving.pop(spec.name, None)
-        self._registry.add(spec)
-        self._door.entries[spec.name] = Entry(spec.name, self._driver.register(spec))
+        with self._naming:
+            leaving = self._leaving.get(spec.name)
+            if leaving is not None and not leaving.done():
+                raise ValueError(f"{spec.name!r} was unregistered but is still leased; return its leases first")
+            self._leaving.pop(spec.name, None)
+            self._registry.add(spec)
+            self._door.entries[spec.name] = Entry(spec.name, self._driver.register(spec))
 
     def model(self, name: str, **options: Any) -> Callable[[F], F]:
         """Decorator form of `register`: the function is the loader, and is returned unchanged."""
@@ -201,13 +204,13 @@ class ModelCache:
 
     def unregister(self, name: str) -> None:
         """Forget a model and everything it holds; a leased one when its last lease is returned."""
-        entry = self._door.entry(name)
         if self._driver.is_loading_here(threading.get_ident()) == name:
             raise LeaseError(f"the loader of {name!r} cannot unregister it; do that after its load")
-        self._registry.remove(name)
-        del self._door.entries[name]
-        future = self._post(WantGone(name, current_holder()), None)
-        self._leaving[name] = future
+        with self._naming:
+            entry = self._door.entry(name)
+            future = self._leaving[name] = self._post(WantGone(name, current_holder()), None)
+            self._registry.remove(name)
+            del self._door.entries[name]
         if not entry.gate.num_leases:
             future.result()
 

@@ -190,7 +190,9 @@ class Machine:
             case RoomReturned(ticket):
                 self._return_room(ticket)
             case Pinned(name, tier):
-                self.model(name).spec = replace(self.model(name).spec, pin=tier)
+                # Whoever pins may have been overtaken by somebody who unregistered it.
+                if (pinned := self.books.models.get(name)) is not None:
+                    pinned.spec = replace(pinned.spec, pin=tier)
             case LoadDone(name, generation, facts):
                 if (model := self._loading(name, generation)) is not None:
                     self._wants.loaded(model, facts)
@@ -564,7 +566,7 @@ class Machine:
     def _failed(self, part: Part, error: Exception) -> None:
         flight = self.flights.turned_back(part, self._make_room)
         self._settle_part(part)
-        if isinstance(error, DevicePoisonedError):
+        if isinstance(error, DevicePoisonedError) and self.poison is None:
             self._poisoned(error)
         elif flight.frees:
             part.kept_tick = self.planner.tick_of(part)
@@ -585,7 +587,12 @@ class Machine:
         self.checks.due.clear()
         self.touched.update(dict.fromkeys(self.books.models))
         for waiting in list(self.waiting.values()):
-            self.refuse(waiting, error)
+            if isinstance(waiting.want, WantGone):
+                # Nothing of it has to come from the device, and its name is not free before it is forgotten.
+                self.dissolve(waiting)
+                waiting.planned = False
+            else:
+                self.refuse(waiting, error)
 
     def _make_room(self, tier: Tier, n_bytes: int) -> None:
         account = self.books.account(tier)

@@ -12,6 +12,7 @@ from modelcache.core.messages import (
     Done,
     LoadDone,
     MoveDone,
+    Pinned,
     Registered,
     WantBudget,
     WantCopy,
@@ -134,6 +135,46 @@ def test_a_poisoned_device_refuses_everybody_and_is_never_asked_again():
         assert isinstance(error_of(scene.lease(name)), DevicePoisonedError)
         assert scene.gates[name].closed
     assert not scene.moves
+
+
+def test_a_model_that_waits_to_be_forgotten_is_forgotten_although_the_device_is_lost_meanwhile():
+    scene = Scene(Budgets(ram=20, vram=6), model("a", 2), model("b", 2))
+    holder = scene.get("a")
+    gone = scene.ask(WantGone("a", None))
+    scene.lease("b")
+    scene.step()
+    scene.step()
+    scene.move_fails("b", DevicePoisonedError("sim:0", "illegal access"))
+    assert gone.answer is None
+    scene.leave(holder)
+    scene.settle()
+    assert isinstance(gone.answer, Done)
+    assert set(scene.machine.books.models) == {"b"}
+
+
+def test_so_is_one_whose_own_bytes_are_let_go_as_the_device_is_lost():
+    scene = Scene(Budgets(ram=20, vram=6), model("a", 2), model("b", 2))
+    scene.use("a")
+    scene.lease("b")
+    scene.step()
+    scene.step()
+    gone = scene.ask(WantGone("a", None))
+    while "a" not in scene.moves:
+        assert scene.step()
+    for name in ("b", "a"):
+        scene.move_fails(name, DevicePoisonedError("sim:0", "illegal access"))
+    scene.settle()
+    assert isinstance(gone.answer, Done)
+    assert set(scene.machine.books.models) == {"b"}
+    assert scene.machine.books.vram.resident_bytes == 0
+
+
+def test_a_pin_that_comes_after_its_model_has_left_changes_nothing():
+    scene = Scene(Budgets(ram=8, vram=8), model("a", 2))
+    scene.ask(WantGone("a", None))
+    scene.settle()
+    scene.tell(Pinned("a", Tier.VRAM))
+    assert not scene.machine.books.models
 
 
 def test_a_victim_that_cannot_move_stays_and_another_goes():

@@ -201,6 +201,8 @@ class Play:
 
     def _refused(self, asked: Asked, error: BaseException) -> None:
         self.marks[f"{asked.kind} refused: {type(error).__name__}"] += 1
+        for known in (known for each in asked.candidates.values() for known in each):
+            known.used_perhaps = self.reference.moment
         assert self.reference.is_excused(asked, error, self.now_s), f"{asked} was refused for no reason: {error}"
         assert not asked.must_succeed, f"{asked} was refused when it could have been served: {error}"
         is_one = asked.is_alone and not asked.got and not self.reference.past.faults
@@ -253,19 +255,18 @@ class Play:
         if {step for step, _ in calls} & set(DOWN) != only or reference.may_refuse_room or reference.past.faults:
             return
         given_up = {part for step, part in calls if step in DOWN}
+        ranks = {"low": 0, "normal": 1, "high": 2}
         idle = {
-            part: (known.priority, known.used)
+            part: ((ranks[known.priority], known.used), (ranks[known.priority], max(known.used, known.used_perhaps)))
             for known in reference.everybody
             if known.model is not None and known.name not in asked.names and not known.shares
             for part in self._parts_of(known)
             if before.get(part)
         }
         self.marks["victims compared"] += 1
-        ranks = {"low": 0, "normal": 1, "high": 2}
-        order = {part: (ranks[priority], used) for part, (priority, used) in idle.items()}
-        kept = [order[part] for part in order if part not in given_up]
-        gone = [order[part] for part in order if part in given_up]
-        assert not kept or not gone or max(gone) <= min(kept), f"{asked}: gave up {given_up}, of {order}"
+        kept = [latest for part, (_, latest) in idle.items() if part not in given_up]
+        gone = [earliest for part, (earliest, _) in idle.items() if part in given_up]
+        assert not kept or not gone or max(gone) <= min(kept), f"{asked}: gave up {given_up}, of {idle}"
 
     # --- giving back --------------------------------------------------------------------------------------------------
 

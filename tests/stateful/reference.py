@@ -45,6 +45,8 @@ class Known:
     has_failed_now: bool = False
     #: The moment of its last use, counted in rules; equal for those used in one.
     used: int = 0
+    #: The last moment when it may have been granted to somebody who gave it back unused: perhaps its last use.
+    used_perhaps: int = 0
 
     def load(self) -> FakeModel:
         self.num_loads += 1

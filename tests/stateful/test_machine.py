@@ -92,7 +92,7 @@ def play(machine: type[CacheByThreads], num_examples: int, **profile: object) ->
 def test_whatever_threads_and_tasks_do_the_cache_does_what_the_plain_model_says(figure: Callable[..., None]):
     Play.marks.clear()
     for machine in (CacheByThreads, CacheByTasks):
-        figure("hypothesis steps", machine.__name__, play(machine, 250))
+        figure("hypothesis steps", machine.__name__, play(machine, 300))
     figure("reach marks", "threads and tasks", sum(Play.marks[mark] > 0 for mark in (*MARKS, *RARE)))
     assert not [mark for mark in MARKS if not Play.marks[mark]]
 
