@@ -668,7 +668,7 @@ class Wants:
             self._block(waiting, (name,), f"the leases on {name!r} to be returned")
             return
         own = [part for part in parts if part.models == [name] and not part.is_cold]
-        if own and not waiting.planned:
+        if own:
             givings = tuple(
                 Giving(part.facts.part, Residency(0, part.n), Room(), part.room(part.residency)) for part in own
             )

@@ -279,6 +279,16 @@ WORLDS: dict[str, Callable[[], World]] = {
         ],
         failures=1,
     ),
+    "two that share a part leave, and the device is lost": lambda: World(
+        Budgets(ram=5, vram=3),
+        shared(),
+        [
+            (lease("a"), WantGone("a", None), Registered(shared()["a"][0])),
+            (lease("b"), WantGone("b", None)),
+            (lease("c"),),
+        ],
+        poisons=1,
+    ),
     "pinned for a while": lambda: World(
         Budgets(ram=6, vram=4),
         three_models(),
@@ -334,6 +344,7 @@ NUM_STATES = {
     "written without a twin in RAM, and RAM is full": 45_000,
     "written after it was spilled": 4_600,
     "one leaves and comes again": 120_000,
+    "two that share a part leave, and the device is lost": 67_000,
     "pinned for a while": 2_400,
     "everything at once": 37_000,
 }

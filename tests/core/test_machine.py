@@ -806,6 +806,20 @@ def test_a_shared_part_stays_for_the_model_that_still_holds_it():
     assert got(scene.get("b"))
 
 
+def test_a_shared_part_goes_with_the_last_of_two_models_that_leave_at_the_same_time():
+    common = part("common", 2)
+    scene = Scene(Budgets(ram=8, vram=8), model("a", parts=(common, part("a", 1))), model("b", parts=(common,)))
+    scene.use("a", "b")
+    first = scene.ask(WantGone("a", None))
+    while "a" not in scene.moves:
+        assert scene.step()
+    scene.ask(WantGone("b", None))
+    scene.settle()
+    assert isinstance(first.answer, Done)
+    assert scene.machine.books.vram.resident_bytes == scene.machine.books.ram.resident_bytes == 0
+    scene.machine.validate()
+
+
 # --- idle -------------------------------------------------------------------------------------------------------------
 
 
