@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -63,6 +63,7 @@ class Part:
         ram: The same for RAM.
         with_loader: Per segment: never staged, its bytes are still in the loader's tensors (or on ``meta``).
         original: The fingerprint of each segment when it was first staged; what the source gives.
+        digests: By segment, what the source said of each name when it gave the bytes that `original` is of.
         reference: The fingerprint of the bytes that were last known to be in RAM, an image file or the source.
         torn: Segments whose RAM copy was being overwritten when a copy failed; VRAM holds their bytes.
         diverged: Writes were kept: the source does not describe the part any more, for ever.
@@ -89,6 +90,7 @@ class Part:
     ram: list[Copy | None] = field(default_factory=list)
     with_loader: list[bool] = field(default_factory=list)
     original: list[int | None] = field(default_factory=list)
+    digests: dict[int, Mapping[str, Hashable]] = field(default_factory=dict)
     reference: list[int | None] = field(default_factory=list)
     torn: set[int] = field(default_factory=set)
     diverged: bool = False

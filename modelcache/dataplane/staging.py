@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -35,7 +35,8 @@ Tell = Callable[[int], None]
 def fill(part: Part, new: NewCopies, tiers: Tiers, segments: Sequence[int], tell: Tell) -> None:
     """Make a RAM copy of each of these segments of a part that is on disk or with its loader.
 
-    Whatever was read is fingerprinted, each time: a file can be written to without a sign of it in its times.
+    Whatever was read is looked at, each time: a file can be written to without a sign of it in its times. A digest that
+    a source takes while it reads stands for the fingerprint when it is that of the first time.
 
     The loader's memory is let go storage by storage as it is copied, so that little exists twice. If the move fails
     after that, the tensors keep the new memory alive for themselves: they are with the loader as before.
@@ -140,7 +141,7 @@ def _fill_from_source(part: Part, new: NewCopies, storages: list[int], tell: Tel
                 targets[name], segment_of[name] = target, segment
     if not targets:
         return {}
-    with _Meanwhile(new, {name: s for name, s in segment_of.items() if s not in later}) as meanwhile:
+    with _Meanwhile(part, new, {name: s for name, s in segment_of.items() if s not in later}) as meanwhile:
         part.source.fill(targets, tell, meanwhile.landed)
         for target, straight in bent:
             target.copy_(straight)
@@ -154,30 +155,45 @@ def _all_of(part: Part, storages: Sequence[int]) -> Iterator[int]:
 
 
 class _Meanwhile:
-    """Fingerprints segments that are complete while others are still being read: a disk leaves processors idle.
+    """Looks at segments that are complete while others are still being read: a disk leaves processors idle.
 
     Args:
+        part: Its `digests` are those of the bytes that have its `original` fingerprints; others are added.
         new: Where the segments are.
         segment_of: The segment of each target whose segment has nothing but such targets in it.
     """
 
-    def __init__(self, new: NewCopies, segment_of: dict[str, int]) -> None:
-        self._new, self._segment_of, self._left = new, segment_of, Counter(segment_of.values())
+    def __init__(self, part: Part, new: NewCopies, segment_of: dict[str, int]) -> None:
+        self._part, self._new, self._segment_of = part, new, segment_of
+        self._left = Counter(segment_of.values())
         self._workers = ThreadPoolExecutor(_num_workers(), thread_name_prefix="modelcache-check")
+        self._digests: dict[int, dict[str, Hashable]] = {segment: {} for segment in self._left}
         self._found: dict[int, Future[int]] = {}
+        self._same: dict[int, int] = {}
 
-    def landed(self, name: str) -> None:
+    def landed(self, name: str, digest: Hashable) -> None:
         """A target is complete."""
         segment = self._segment_of.get(name)
         if segment is None:
             return
         self._left[segment] -= 1
-        if not self._left[segment]:
+        self._digests[segment][name] = digest
+        if self._left[segment]:
+            return
+        original = self._part.original[segment]
+        if original is not None and self._digests[segment] == self._part.digests.get(segment):
+            self._same[segment] = original
+        else:
             self._found[segment] = self._workers.submit(fingerprint, self._new.ram[segment].memory)
 
     def prints(self) -> dict[int, int]:
         """Of the segments that were complete."""
-        return {segment: future.result() for segment, future in self._found.items()}
+        found = {segment: future.result() for segment, future in self._found.items()}
+        for segment, value in found.items():
+            is_first_seen = self._part.original[segment] in (None, value)
+            if is_first_seen and None not in self._digests[segment].values():
+                self._part.digests[segment] = self._digests[segment]
+        return found | self._same
 
     def __enter__(self) -> _Meanwhile:
         return self

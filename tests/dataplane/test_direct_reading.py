@@ -172,6 +172,19 @@ def test_tensors_of_all_sizes_are_read(folder, all_direct, monkeypatch, num_work
     assert sum(each.memory.nbytes for ranges in reads for each in ranges) == sum(t.nbytes for t in tensors.values())
 
 
+def test_past_the_page_cache_the_digests_are_the_same(folder, all_direct, monkeypatch):
+    tensors = tensors_of_all_sizes()
+    wanted = [(place, torch.full_like(tensors[name], 7)) for name, place in stored(folder, tensors).items()]
+    found = [{}, {}, {}]
+    read_into(wanted, landed=found[0].__setitem__)
+    short_reads(monkeypatch, 70_000)
+    read_into(wanted, landed=found[1].__setitem__)
+    monkeypatch.undo()
+    read_into(wanted, landed=found[2].__setitem__)
+    assert found[0] == found[1] == found[2]
+    assert len(set(found[0].values())) == len(tensors)
+
+
 def test_where_direct_reads_come_short_tensors_are_read_through_the_cache(folder, all_direct, monkeypatch):
     tensors = tensors_of_all_sizes()
     places = stored(folder, tensors)
@@ -197,7 +210,9 @@ def test_all_shards_are_read_by_as_many_threads_as_disks_want(folder, all_direct
         places |= stored(folder, {name: tensor}, f"{i}.safetensors")
     asked = []
     reading = file_reading.reading
-    monkeypatch.setattr(file_reading, "reading", lambda *given: (asked.append(given[1]), reading(*given))[1])
+    monkeypatch.setattr(
+        file_reading, "reading", lambda *given, **how: (asked.append(given[1]), reading(*given, **how))[1]
+    )
     found = {name: torch.empty(1 << 20) for name in tensors}
     read_into([(places[name], found[name]) for name in reversed(found)])
     assert asked == [DISK_WORKERS]

@@ -11,6 +11,7 @@ import torch
 from accelerate import dispatch_model
 from dispatched import ACCELERATOR, SPLIT, Tiny, assert_stuck, assert_whole, portrait, state
 from safetensors.torch import save_file
+from xxhash import xxh3_64_intdigest
 
 from modelcache.dataplane.files import reading as file_reading
 from modelcache.dataplane.files.reading import ChangedError, UnreadableError, read_into, reading
@@ -130,6 +131,55 @@ def test_a_system_that_gives_less_than_asked_is_asked_again(tmp_path, monkeypatc
     monkeypatch.setattr(os, "preadv", some)
     read_into([(places[name], targets[name]) for name in sources])
     assert all(torch.equal(targets[name], source) for name, source in sources.items())
+
+
+def digests_of(wanted: list[tuple[FileBytes, torch.Tensor]]) -> dict[int, tuple[int, ...]]:
+    """What `read_into` says of each tensor."""
+    found: dict[int, tuple[int, ...]] = {}
+    read_into(wanted, num_workers=2, landed=lambda position, digest: found.setdefault(position, digest))
+    return found
+
+
+def digest_of(source: torch.Tensor, piece_bytes: int) -> tuple[int, ...]:
+    data = source.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return tuple(xxh3_64_intdigest(data[at : at + piece_bytes]) for at in range(0, max(len(data), 1), piece_bytes))
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 1 << 20])
+@pytest.mark.parametrize("piece_bytes", [5, 64, 1 << 20])
+def test_whoever_asks_is_told_a_digest_of_each_tensor_that_was_read(tmp_path, monkeypatch, piece_bytes, at_once):
+    monkeypatch.setattr(file_reading, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(file_reading, "_DIGEST_BYTES", at_once)
+    sources = {f"t{i}": numbers(i % 4, 3) + i for i in range(9)} | {"scalar": torch.tensor(2.5)}
+    places = stored(tmp_path, sources)
+    targets = {name: torch.full_like(tensor, -1) for name, tensor in sources.items()}
+    found = digests_of([(places[name], targets[name]) for name in sources])
+    assert all(torch.equal(targets[name], source) for name, source in sources.items())
+    assert [found[i] for i in range(len(sources))] == [digest_of(each, piece_bytes) for each in sources.values()]
+
+
+def test_a_digest_is_of_the_bytes_in_the_file_however_they_are_read(tmp_path, monkeypatch):
+    source = numbers(LARGE)
+    place = stored(tmp_path, {"a": source})["a"]
+    expected = digest_of(source, file_reading._PIECE_BYTES)
+    assert digests_of([(place, torch.empty(LARGE))]) == {0: expected}  # into memory that has no pages yet
+    half, strided = torch.empty(LARGE, dtype=torch.float16), torch.empty(LARGE, 2)[:, 0]
+    taken = [digests_of([(place, each)])[0] for each in (half, strided, half)]
+    assert taken[0] == taken[2]
+    assert torch.equal(half, source.half())
+    assert torch.equal(strided, source)
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, offset: real(file, [buffers[0][:70_001]], offset))
+    assert digests_of([(place, torch.empty(LARGE))]) == {0: expected}
+
+
+def test_one_changed_byte_changes_the_digest_of_its_tensor_only(tmp_path):
+    sources = {"a": numbers(1000), "b": numbers(1000), "c": numbers(1000)}
+    wanted = [(place, torch.empty(1000)) for place in stored(tmp_path, sources).values()]
+    before = digests_of(wanted)
+    sources["b"].view(torch.uint8)[1234] ^= 128
+    after = digests_of([(place, torch.empty(1000)) for place in stored(tmp_path, sources).values()])
+    assert [before[i] == after[i] for i in range(3)] == [True, False, True]
 
 
 def test_tensors_of_several_files_and_with_gaps_between_are_read(tmp_path):

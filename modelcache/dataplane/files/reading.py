@@ -21,6 +21,7 @@ from itertools import chain, groupby
 from pathlib import Path
 
 import torch
+from xxhash import xxh3_64
 
 from modelcache.dataplane.files.direct import EndsError, NotDirectError, Range, direct, read_direct
 from modelcache.dataplane.files.ways import Passing, Way, Ways
@@ -33,8 +34,12 @@ _PIECE_BYTES = 12 << 20  # what a worker reads before it reports
 _MAX_BUFFERS = 1024  # of one read; the system allows no more
 _PAGES_BYTES = 256 << 10  # what a worker reads with pages made for it before
 _CONVERT_BYTES = 4 << 20  # what a worker reads before it converts
+_DIGEST_BYTES = 1 << 20  # what a worker reads before it looks at it: the cache of one core still has it
 
 Report = Callable[[int], None]
+Digest = tuple[int, ...]
+"""XXH3 (64 bits) of a tensor's bytes in the file, of each piece of it in order; of equal bytes it is the same."""
+Landed = Callable[[int, Digest], None]
 
 
 class UnreadableError(FileProblemError):
@@ -100,7 +105,7 @@ def read_into(
     wanted: Sequence[tuple[FileBytes, torch.Tensor]],
     report: Report | None = None,
     num_workers: int | None = None,
-    landed: Callable[[int], None] | None = None,
+    landed: Landed | None = None,
 ) -> None:
     """Read tensors from files into memory that is there already.
 
@@ -112,7 +117,8 @@ def read_into(
         wanted: Where each tensor's bytes are, and the tensor on the CPU that gets them, of the same shape.
         report: Called in this thread with the bytes read since the last call. What it raises ends the work.
         num_workers: Threads that read; as many as suit the files when not given.
-        landed: Called in this thread with the position of each tensor once it is complete.
+        landed: Called in this thread with the position of each tensor once it is complete, and a digest of what was
+            read. Without it, none is computed.
 
     Raises:
         UnreadableError: A file is missing, damaged, or not the file it was when the tensor was found (`ChangedError`).
@@ -129,14 +135,18 @@ def read_into(
         num_workers = ways.num_workers([place.path for _, place in order])
     # Closed here and not when somebody drops the error: until then workers would write into the caller's memory.
     placed = ((position, place, wanted[position][1]) for position, place in order)
-    with closing(reading(placed, num_workers, ways)) as pieces:
+    digest: list[int] = []
+    with closing(reading(placed, num_workers, ways, with_digests=landed is not None)) as pieces:
         for piece in pieces:
             if report is not None:
                 report(sum(segment.size_bytes for segment in piece))
             if landed is not None:
                 for segment in piece:
+                    assert segment.digest is not None
+                    digest.append(segment.digest.intdigest())
                     if segment.is_last:
-                        landed(segment.position)
+                        landed(segment.position, tuple(digest))
+                        digest.clear()
 
 
 def in_file_order(places: Sequence[FileBytes]) -> list[tuple[int, FileBytes]]:
@@ -155,6 +165,7 @@ class Segment:
         memory: Where they go as they are.
         target: Where they go converted; exactly one of both is there.
         is_last: Whether the tensor is complete with it.
+        digest: Of what was read of it so far, if anybody asked.
     """
 
     position: int
@@ -164,10 +175,15 @@ class Segment:
     memory: memoryview | None
     target: torch.Tensor | None
     is_last: bool
+    digest: xxh3_64 | None = None
 
 
 def reading(
-    wanted: Iterable[tuple[int, FileBytes, torch.Tensor]], num_workers: int, ways: Ways | None = None
+    wanted: Iterable[tuple[int, FileBytes, torch.Tensor]],
+    num_workers: int,
+    ways: Ways | None = None,
+    *,
+    with_digests: bool = False,
 ) -> Generator[list[Segment]]:
     """Read tensors in the order given, which had better be that of the files, and yield what has been read, in order.
 
@@ -179,7 +195,7 @@ def reading(
             the caller has to do.
     """
     ways = ways or Ways()
-    pieces = _pieces(wanted)
+    pieces = _pieces(wanted, with_digests=with_digests)
     first, second = next(pieces, None), next(pieces, None)
     if first is not None and (second is None or num_workers == 1):
         for piece in chain((first,), () if second is None else (second,), pieces):
@@ -208,7 +224,7 @@ def _read_ahead(pieces: Iterable[list[Segment]], num_workers: int, ways: Ways) -
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _pieces(wanted: Iterable[tuple[int, FileBytes, torch.Tensor]]) -> Iterator[list[Segment]]:
+def _pieces(wanted: Iterable[tuple[int, FileBytes, torch.Tensor]], *, with_digests: bool) -> Iterator[list[Segment]]:
     """Portions of work for one worker."""
     piece: list[Segment] = []
     piece_bytes = 0
@@ -218,6 +234,8 @@ def _pieces(wanted: Iterable[tuple[int, FileBytes, torch.Tensor]]) -> Iterator[l
             if piece and (2 * (piece_bytes + segment.size_bytes) > 3 * _PIECE_BYTES or len(piece) == _MAX_BUFFERS):
                 yield piece
                 piece, piece_bytes = [], 0
+            if with_digests:
+                segment.digest = xxh3_64()
             piece.append(segment)
             piece_bytes += segment.size_bytes
     if piece:
@@ -314,6 +332,9 @@ def _read_directly(descriptor: int, segments: Iterable[Segment], ways: Ways) -> 
     except EndsError as error:
         segment = next(each for each in with_bytes if each.offset + each.size_bytes > error.offset)
         raise _ended(segment, max(segment.offset, error.offset)) from None
+    for segment, place in zip(with_bytes, ranges, strict=True):
+        if segment.digest is not None:
+            segment.digest.update(place.memory)
     for segment, target, raw in raws:
         _cast(segment, target, raw)
 
@@ -380,8 +401,9 @@ def _fill(descriptor: int, run: Sequence[Segment], buffers: list[memoryview], st
     first, offset = 0, run[0].offset + start  # every buffer before the first is full
     while first < len(buffers):
         path, position = run[first].place.path, run[first].position
+        batch = buffers[first : first + _MAX_BUFFERS] if run[first].digest is None else _some(buffers, first)
         try:
-            count = os.preadv(descriptor, buffers[first : first + _MAX_BUFFERS], offset)
+            count = os.preadv(descriptor, batch, offset)
         except OSError as error:
             problem = f"reading failed at byte {offset:,}: {error.strerror or error}"
             raise UnreadableError(path, problem, position) from error
@@ -389,10 +411,29 @@ def _fill(descriptor: int, run: Sequence[Segment], buffers: list[memoryview], st
             raise _ended(run[first], offset)
         offset += count
         while first < len(buffers) and count >= len(buffers[first]):
+            _note(run[first], buffers[first])
             count -= len(buffers[first])
             first += 1
         if count:
+            _note(run[first], buffers[first][:count])
             buffers[first] = buffers[first][count:]
+
+
+def _some(buffers: Sequence[memoryview], first: int) -> list[memoryview]:
+    """As many, from this one on, as one look takes at once; the last perhaps not whole."""
+    some: list[memoryview] = []
+    left = _DIGEST_BYTES
+    for buffer in buffers[first : first + _MAX_BUFFERS]:
+        some.append(buffer[:left])
+        left -= len(some[-1])
+        if not left:
+            break
+    return some
+
+
+def _note(segment: Segment, part: memoryview) -> None:
+    if segment.digest is not None:
+        segment.digest.update(part)
 
 
 def _refuse_changed(place: FileBytes, found: os.stat_result, position: int) -> None:

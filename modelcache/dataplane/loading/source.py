@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from modelcache.dataplane.images.format import Described
 from modelcache.dataplane.images.origin import Origin
 
 Report = Callable[[int], None]
-Landed = Callable[[str], None]
+Landed = Callable[[str, Hashable], None]
 
 
 class Source(Protocol):
@@ -37,7 +37,8 @@ class Source(Protocol):
         Args:
             targets: Full name -> CPU tensor of the final dtype and shape, over the model's RAM block.
             report: Called with the number of bytes read since the last call.
-            landed: Called with the name of each target that is complete while others are not; need not be called.
+            landed: Called with the name of each target that is complete while others are not, and a digest of what was
+                read for it: while it stays the same, so do the target's bytes. `None` says nothing. Need not be called.
 
         Raises:
             WeightsError: A file is missing, damaged, or changed since the model was first read.

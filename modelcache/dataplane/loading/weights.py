@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from modelcache.dataplane.files.reading import ChangedError, UnreadableError, bytes_of, read_into
+from modelcache.dataplane.files.reading import ChangedError, Digest, UnreadableError, bytes_of, read_into
 from modelcache.dataplane.files.weight_files import FileBytes, place_of, torch_dtype
 from modelcache.dataplane.loading.adapters import modules_of, named_tensors
 from modelcache.dataplane.loading.source import Landed, Report, Source
@@ -119,11 +119,11 @@ def _tell(name: str, target: torch.Tensor, report: Report | None, landed: Landed
     if report is not None:
         report(target.numel() * target.dtype.itemsize)
     if landed is not None:
-        landed(name)
+        landed(name, None)
 
 
-def _by_name(landed: Landed, names: Sequence[str]) -> Callable[[int], None]:
-    return lambda position: landed(names[position])
+def _by_name(landed: Landed, names: Sequence[str]) -> Callable[[int, Digest], None]:
+    return lambda position, digest: landed(names[position], digest)
 
 
 def _second_opinion(path: Path, keys: frozenset[str], model_name: str) -> None:
