@@ -26,8 +26,6 @@ _ROWS_AT_ONCE = 16
 _PIECE_WORDS = 1 << 15
 CHUNK_BYTES = _ROWS_AT_ONCE * _ROW_WORDS * 4
 """How much is looked at in one go; `fetch` is asked for no more."""
-ROW_BYTES = _ROW_WORDS * 4
-"""`sums_of` takes multiples of it."""
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _own = threading.local()
@@ -63,7 +61,7 @@ def sums_of(chunk: torch.Tensor) -> list[int]:
     """What `joined` wants to know of some bytes in RAM that are followed by others.
 
     Args:
-        chunk: Flat uint8, a multiple of `ROW_BYTES` unless they are the last ones.
+        chunk: Flat uint8, `CHUNK_BYTES` of it unless they are the last ones.
     """
     with torch.inference_mode(False), torch.no_grad():
         sums = _sums_in_cache(chunk, _weights())

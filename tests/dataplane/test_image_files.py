@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
 from modelcache.dataplane.fingerprint import fingerprint
 from modelcache.dataplane.image import View, lay_out
+from modelcache.dataplane.images import format as image_format
+from modelcache.dataplane.images import reading as image_reading
 from modelcache.dataplane.images.files import Contents, ImageFiles
 from modelcache.errors import MoveError, WeightsError
 
@@ -74,11 +77,29 @@ def test_the_manifest_says_what_lies_where(tmp_path):
     manifest = raw[20 : 20 + length]
     assert (magic, checksum) == (b"MCIMAGE1", zlib.crc32(manifest))
     found = json.loads(manifest)
-    assert (found["version"], found["part"]) == (1, "m#1")
+    assert (found["version"], found["part"]) == (2, "m#1")
     assert [storage["size"] for storage in found["storages"]] == list(SIZES)
-    assert found["storages"][0]["crc32"] == f"{zlib.crc32(DATA[0][:700]):08x}"
+    assert found["storages"][0]["xxh3"] == f"{xxh3_64_intdigest(DATA[0][:700]):016x}"
     assert found["storages"][1]["tensors"] == {"t1": ["torch.uint8", [40], [1], 0]}
     assert [segment["fingerprint"] for segment in found["segments"]] == [f"{each:016x}" for each in PRINTS]
+    digests = [xxh3_64_intdigest(xxh3_64_digest(data)) for data in DATA]
+    assert [segment["xxh3"] for segment in found["segments"]] == [f"{each:016x}" for each in digests]
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 7, 64, 1 << 20])
+def test_however_it_is_written_and_read_the_sums_are_the_same(tmp_path, monkeypatch, chunk_bytes):
+    for module in (image_format, image_reading):
+        monkeypatch.setattr(module, "CHUNK_BYTES", chunk_bytes)
+    files = opened(tmp_path)
+    whole = write(files)
+
+    def in_pieces(segment):
+        for start in range(0, len(DATA[segment]), 13):
+            yield memoryview(DATA[segment][start : start + 13])
+
+    pieces = files.write(CONTENTS, PRINTS, in_pieces)
+    assert (pieces.digests, pieces.checksums) == (whole.digests, whole.checksums)
+    assert read(files, pieces) == {0: DATA[0], 1: DATA[1]}
 
 
 def test_files_are_for_their_user_only_and_their_names_say_nothing(tmp_path):

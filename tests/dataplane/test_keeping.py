@@ -11,7 +11,7 @@ import torch
 from movers import Rig, TensorSource, bits, bumped, same_bits
 
 from modelcache.dataplane.image import View, lay_out
-from modelcache.dataplane.images.format import Contents
+from modelcache.dataplane.images.format import Contents, Sums
 from modelcache.dataplane.images.keeping import Keeper
 from modelcache.dataplane.images.kept import KeptImages
 from modelcache.dataplane.images.origin import Origin
@@ -411,5 +411,5 @@ def test_a_disk_that_hangs_does_not_hold_the_end_up(start, tmp_path, monkeypatch
 _EMPTY = (
     Contents("", "m", lay_out((4,), SEGMENT), ({"t": View(torch.uint8, (4,), (1,), 0)},)),
     {},
-    lambda write: (write(memoryview(bytes(lay_out((4,), SEGMENT).size_bytes))), ([0], [0]))[1],
+    lambda write: (write(memoryview(bytes(lay_out((4,), SEGMENT).size_bytes))), ([0], Sums(lay_out((4,), SEGMENT))))[1],
 )

@@ -15,7 +15,7 @@ from modelcache.dataplane.fingerprint import fingerprint
 from modelcache.dataplane.image import View, lay_out
 from modelcache.dataplane.images import format as image_format
 from modelcache.dataplane.images import kept as kept_images
-from modelcache.dataplane.images.format import Contents
+from modelcache.dataplane.images.format import Contents, Sums
 from modelcache.dataplane.images.kept import AbandonedError, KeptImages
 from modelcache.dataplane.images.origin import Origin
 from modelcache.dataplane.images.reading import read_segments
@@ -28,6 +28,9 @@ DATA = [
     bytes((i * 7 + s) % 256 for i in range(segment.size_bytes)) for s, segment in enumerate(CONTENTS.image.segments)
 ]
 PRINTS = [fingerprint(torch.frombuffer(bytearray(each), dtype=torch.uint8)) for each in DATA]
+SUMS = Sums(CONTENTS.image)
+for index, each in enumerate(DATA):
+    SUMS.add(index, 0, memoryview(each))
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def kept(tmp_path, budget=1 << 20, segment=SEGMENT):
 def fill(write):
     for each in DATA:
         write(memoryview(each))
-    return [0, 0, 0], PRINTS
+    return PRINTS, SUMS
 
 
 def write(images, origin, **about):
@@ -258,7 +261,7 @@ def fill(write):
         os.kill(os.getpid(), signal.SIGKILL)
     sys.stdin.read()
     write(memoryview(t.DATA[1]))
-    return [0, 0, 0], t.PRINTS
+    return t.PRINTS, t.SUMS
 
 t.kept(Path(sys.argv[1])).write(t.origin_of(Path(sys.argv[1]) / "model.bin"), t.CONTENTS, {}, fill)
 """
@@ -387,7 +390,7 @@ def test_a_manifest_that_names_no_dtype_of_torch_is_refused(tmp_path, source):
     offset = file.data_offset
     about = origin.described()
     views = (({"t0": View(torch.uint8, (700,), (1,), 0)}), *VIEWS[1:])
-    header = image_format.header(Contents("", "m", CONTENTS.image, views), PRINTS, [0, 0, 0], offset, about)
+    header = image_format.header(Contents("", "m", CONTENTS.image, views), PRINTS, SUMS, offset, about)
     bad = header[20:].replace(b"torch.uint8", b"torch.storg")
     import struct
     import zlib

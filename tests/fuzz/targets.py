@@ -318,12 +318,12 @@ def image(data: bytes) -> None:
 
 
 _MANIFEST = {
-    "version": 1,
+    "version": 2,
     "part": "m",
     "about": {"class": "X"},
-    "segments": [{"offset": 0, "size": 64, "fingerprint": "00"}],
+    "segments": [{"offset": 0, "size": 64, "fingerprint": "00", "xxh3": "00"}],
     "storages": [
-        {"segment": 0, "offset": 0, "size": 64, "crc32": "00", "tensors": {"a": ["torch.float32", [2], [1], 0]}}
+        {"segment": 0, "offset": 0, "size": 64, "xxh3": "00", "tensors": {"a": ["torch.float32", [2], [1], 0]}}
     ],
 }
 

@@ -22,7 +22,7 @@ from threading import Lock
 
 from modelcache.dataplane.images import format as image_format
 from modelcache.dataplane.images.directory import OwnDirectory
-from modelcache.dataplane.images.format import Contents, ImageFile, UnusableError, add_checksums, write_all
+from modelcache.dataplane.images.format import Contents, ImageFile, Sums, UnusableError, write_all
 from modelcache.dataplane.images.kept import KeptImages
 from modelcache.dataplane.images.reading import DamagedError, damaged_storages, read_segments
 from modelcache.errors import MoveError, WeightsError
@@ -154,23 +154,23 @@ class ImageFiles:
         segment: Callable[[int], Iterable[memoryview]],
     ) -> ImageFile:
         offset = image_format.data_offset(contents)
-        checksums = [0] * len(contents.image.storages)
+        sums = Sums(contents.image)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             os.lseek(descriptor, offset, os.SEEK_SET)
-            for index, place in enumerate(contents.image.segments):
+            for index in range(len(contents.image.segments)):
                 start = 0
                 for data in segment(index):
                     with data:
-                        add_checksums(checksums, contents.image, place, start, data)
+                        sums.add(index, start, data)
                         write_all(descriptor, data, self._write)
                         start += len(data)
             os.lseek(descriptor, 0, os.SEEK_SET)
-            write_all(descriptor, memoryview(image_format.header(contents, prints, checksums, offset)), self._write)
+            write_all(descriptor, memoryview(image_format.header(contents, prints, sums, offset)), self._write)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        return ImageFile(final, offset + contents.image.size_bytes, offset, tuple(checksums), tuple(prints))
+        return ImageFile(final, offset + contents.image.size_bytes, offset, tuple(prints), sums.digests, sums.checksums)
 
     def _unwritable(self, error: OSError, path: Path, contents: Contents) -> MoveError:
         need = format_bytes(self.size_bytes(contents))

@@ -3,6 +3,9 @@
 File: 8 bytes of magic, the CRC-32 and the length of the manifest (little-endian, 4 and 8 bytes), the manifest (JSON,
 UTF-8, padded with spaces), then the segments one after the other as they are in memory. Only complete files have a
 header: it is written last.
+
+Bytes are known by XXH3 (64 bits): of each storage, and of each segment as the XXH3 of those of its chunks, which
+several threads can compute.
 """
 
 from __future__ import annotations
@@ -11,18 +14,21 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from xxhash import xxh3_64
 
 from modelcache.dataplane.image import Segment, StorageRange, View, WeightImage
 
 MAGIC = b"MCIMAGE1"
-VERSION = 1
+VERSION = 2
+CHUNK_BYTES = 4 << 20
+"""What is read and checked at once, of each segment from its beginning."""
 _PREFIX = struct.Struct("<8sIQ")
 _PAGE_BYTES = 4096
 _MAX_MANIFEST_BYTES = 256 << 20
@@ -37,16 +43,18 @@ class ImageFile:
         path: Where it is.
         size_bytes: Of the file.
         data_offset: Where the first segment starts.
-        checksums: CRC-32 of each storage.
-        prints: The fingerprint of each segment, which say what bytes it holds.
+        prints: The fingerprint of each segment, which is what writes are looked for with.
+        digests: The digest of each segment, which is what a reading is checked with.
+        checksums: XXH3 of each storage.
         is_kept: It outlives this process and is shared with others, any of which may delete it.
     """
 
     path: Path
     size_bytes: int
     data_offset: int
-    checksums: tuple[int, ...]
     prints: tuple[int, ...]
+    digests: tuple[int, ...]
+    checksums: tuple[int, ...]
     is_kept: bool = False
 
 
@@ -88,20 +96,21 @@ def size_bytes(contents: Contents, about: Mapping[str, object] = _NOTHING) -> in
 
 def data_offset(contents: Contents, about: Mapping[str, object] = _NOTHING) -> int:
     """Where its first segment starts."""
-    # Checksums and prints have a fixed width, so that the size of the file is known before its bytes are.
-    empty = _manifest(contents, [0] * len(contents.image.segments), [0] * len(contents.image.storages), about)
+    # Sums have a fixed width, so that the size of the file is known before its bytes are.
+    of_segments = [0] * len(contents.image.segments)
+    empty = _manifest(contents, of_segments, of_segments, [0] * len(contents.image.storages), about)
     return -(-(_PREFIX.size + len(empty)) // _PAGE_BYTES) * _PAGE_BYTES
 
 
 def header(
     contents: Contents,
     prints: Sequence[int],
-    checksums: Sequence[int],
+    sums: Sums,
     offset: int,
     about: Mapping[str, object] = _NOTHING,
 ) -> bytes:
     """Everything before the first segment, which starts at `offset`."""
-    manifest = _manifest(contents, prints, checksums, about).ljust(offset - _PREFIX.size)
+    manifest = _manifest(contents, prints, sums.digests, sums.checksums, about).ljust(offset - _PREFIX.size)
     return _PREFIX.pack(MAGIC, zlib.crc32(manifest), len(manifest)) + manifest
 
 
@@ -110,13 +119,49 @@ def has_magic(descriptor: int) -> bool:
     return os.pread(descriptor, len(MAGIC), 0) == MAGIC
 
 
-def add_checksums(checksums: list[int], image: WeightImage, segment: Segment, start: int, chunk: memoryview) -> None:
-    """Go on with the CRC-32 of the storages that this chunk of a segment, from its byte `start`, has a part of."""
-    for storage in segment.storages:
-        place = image.storages[storage]
-        first, last = place.offset_bytes - start, place.offset_bytes + place.size_bytes - start
-        if first < len(chunk) and last > 0:
-            checksums[storage] = zlib.crc32(chunk[max(first, 0) : last], checksums[storage])
+class Sums:
+    """The digests and checksums of what is written, as its bytes come: segment after segment, each from its beginning.
+
+    Args:
+        image: The layout.
+    """
+
+    def __init__(self, image: WeightImage) -> None:
+        self._image = image
+        self._storages = [xxh3_64() for _ in image.storages]
+        self._chunks: list[list[bytes]] = [[] for _ in image.segments]
+        self._chunk = xxh3_64()
+
+    def add(self, segment: int, start: int, data: memoryview) -> None:
+        """Bytes of a segment, from its byte `start`."""
+        place, end = self._image.segments[segment], start + len(data)
+        for storage in place.storages:
+            where = self._image.storages[storage]
+            first, last = where.offset_bytes - start, where.offset_bytes + where.size_bytes - start
+            if first < len(data) and last > 0:
+                self._storages[storage].update(data[max(first, 0) : last])
+        while start < end:
+            stop = min(end, (start // CHUNK_BYTES + 1) * CHUNK_BYTES)
+            self._chunk.update(data[: stop - start])
+            if stop % CHUNK_BYTES == 0 or stop == place.size_bytes:
+                self._chunks[segment].append(self._chunk.digest())
+                self._chunk.reset()
+            data, start = data[stop - start :], stop
+
+    @property
+    def digests(self) -> tuple[int, ...]:
+        """Of the segments."""
+        return tuple(map(digest_of, self._chunks))
+
+    @property
+    def checksums(self) -> tuple[int, ...]:
+        """Of the storages."""
+        return tuple(each.intdigest() for each in self._storages)
+
+
+def digest_of(chunks: Iterable[bytes]) -> int:
+    """The digest of a segment, from the XXH3 of its chunks in order."""
+    return xxh3_64(b"".join(chunks)).intdigest()
 
 
 def write_all(descriptor: int, data: memoryview, write: Callable[[int, memoryview], int] = os.write) -> None:
@@ -178,8 +223,9 @@ def _understood(manifest: Any, path: Path, found_bytes: int, offset: int) -> Des
         path,
         found_bytes,
         offset,
-        tuple(int(each["crc32"], 16) for each in manifest["storages"]),
         tuple(int(each["fingerprint"], 16) for each in manifest["segments"]),
+        tuple(int(each["xxh3"], 16) for each in manifest["segments"]),
+        tuple(int(each["xxh3"], 16) for each in manifest["storages"]),
         is_kept=True,
     )
     views = tuple({name: _view(*view) for name, view in each["tensors"].items()} for each in manifest["storages"])
@@ -205,14 +251,18 @@ def _view(dtype: str, shape: list[int], stride: list[int], offset_bytes: int) ->
 
 
 def _manifest(
-    contents: Contents, prints: Sequence[int], checksums: Sequence[int], about: Mapping[str, object]
+    contents: Contents,
+    prints: Sequence[int],
+    digests: Sequence[int],
+    checksums: Sequence[int],
+    about: Mapping[str, object],
 ) -> bytes:
     storages = [
         {
             "segment": place.segment,
             "offset": place.offset_bytes,
             "size": place.size_bytes,
-            "crc32": f"{checksum:08x}",
+            "xxh3": f"{checksum:016x}",
             "tensors": {
                 name: [str(view.dtype), view.shape, view.stride, view.offset_bytes] for name, view in views.items()
             },
@@ -220,8 +270,13 @@ def _manifest(
         for place, checksum, views in zip(contents.image.storages, checksums, contents.views, strict=True)
     ]
     segments = [
-        {"offset": segment.offset_bytes, "size": segment.size_bytes, "fingerprint": f"{fingerprint:016x}"}
-        for segment, fingerprint in zip(contents.image.segments, prints, strict=True)
+        {
+            "offset": segment.offset_bytes,
+            "size": segment.size_bytes,
+            "fingerprint": f"{fingerprint:016x}",
+            "xxh3": f"{digest:016x}",
+        }
+        for segment, fingerprint, digest in zip(contents.image.segments, prints, digests, strict=True)
     ]
     manifest: dict[str, object] = {"version": VERSION, "part": contents.part, "about": dict(about)}
     manifest |= {"segments": segments, "storages": storages}

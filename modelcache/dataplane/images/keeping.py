@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from modelcache.dataplane.fingerprint import CHUNK_BYTES, joined, sums_of
-from modelcache.dataplane.images.format import Contents, Described, add_checksums
+from modelcache.dataplane.images.format import Contents, Described, Sums
 from modelcache.dataplane.images.kept import AbandonedError, KeptImages
 from modelcache.dataplane.loaded import LoadedModel
 from modelcache.dataplane.loading.skeletons import UnlikeError
@@ -152,21 +152,22 @@ class Keeper:
                 part.file = file
                 log.info("kept model=%s bytes=%d file=%s", part.model, file.size_bytes, file.path)
 
-    def _write(self, part: Part, write: Callable[[memoryview], None]) -> tuple[list[int], list[int]]:
+    def _write(self, part: Part, write: Callable[[memoryview], None]) -> tuple[list[int], Sums]:
         buffer = np.empty(CHUNK_BYTES, np.uint8)
-        checksums, prints = [0] * len(part.image.storages), []
+        prints: list[int] = []
+        written = Sums(part.image)
         for index, segment in enumerate(part.image.segments):
             sums: list[int] = []
             for start in range(0, segment.size_bytes, CHUNK_BYTES):
                 chunk = buffer[: min(CHUNK_BYTES, segment.size_bytes - start)]
                 self._take(part, index, start, chunk)
-                add_checksums(checksums, part.image, segment, start, chunk.data)
+                written.add(index, start, chunk.data)
                 sums += sums_of(torch.from_numpy(chunk))
                 write(chunk.data)
             prints.append(joined(segment.size_bytes, sums))
             if prints[-1] != part.original[index]:
                 raise AbandonedError("its bytes are not what was loaded any more")
-        return checksums, prints
+        return prints, written
 
     def _take(self, part: Part, segment: int, start: int, chunk: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
         with part.lock:

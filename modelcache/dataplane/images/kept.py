@@ -27,7 +27,7 @@ from threading import Event, Lock
 
 from modelcache.dataplane.image import lay_out
 from modelcache.dataplane.images import format as image_format
-from modelcache.dataplane.images.format import Contents, Described, ImageFile, UnusableError, write_all
+from modelcache.dataplane.images.format import Contents, Described, ImageFile, Sums, UnusableError, write_all
 from modelcache.dataplane.images.origin import Origin
 
 log = logging.getLogger("modelcache.dataplane")
@@ -112,7 +112,7 @@ class KeptImages:
         origin: Origin,
         contents: Contents,
         about: dict[str, object],
-        fill: Callable[[Callable[[memoryview], None]], tuple[list[int], list[int]]],
+        fill: Callable[[Callable[[memoryview], None]], tuple[list[int], Sums]],
         is_wanted: Callable[[], bool] = lambda: True,
     ) -> ImageFile | None:
         """Write a file and let it be found; `None` if there is no room, or another process writes it or has written it.
@@ -121,8 +121,8 @@ class KeptImages:
             origin: What it is made from.
             contents: What is written; it holds for all processes, so its part has no id.
             about: To be found with it.
-            fill: Called once, with what takes the bytes of the segments in order; returns the checksums of the
-                storages and the fingerprints of the segments.
+            fill: Called once, with what takes the bytes of the segments in order; returns the fingerprints of the
+                segments, and the sums of what was written.
             is_wanted: Asked before each step at the end that may take a disk long.
 
         Raises:
@@ -140,9 +140,9 @@ class KeptImages:
                 return None
             try:
                 os.lseek(descriptor, offset, os.SEEK_SET)
-                checksums, prints = fill(_Steadily(descriptor).write)
+                prints, sums = fill(_Steadily(descriptor).write)
                 os.lseek(descriptor, 0, os.SEEK_SET)
-                write_all(descriptor, memoryview(image_format.header(contents, prints, checksums, offset, about)))
+                write_all(descriptor, memoryview(image_format.header(contents, prints, sums, offset, about)))
                 _require(is_wanted(), "nobody waits for it")
                 os.fsync(descriptor)
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -160,7 +160,7 @@ class KeptImages:
             finally:
                 os.close(descriptor)
         path = self._folder / name
-        return ImageFile(path, size_bytes, offset, tuple(checksums), tuple(prints), is_kept=True)
+        return ImageFile(path, size_bytes, offset, tuple(prints), sums.digests, sums.checksums, is_kept=True)
 
     def make_room(self, own_bytes: int, needed_bytes: int = 0) -> None:
         """Files of this process alone take so many bytes now: give up kept ones until the budget holds.

@@ -1,7 +1,7 @@
-"""Reads segments of an image file into memory: several threads, and what was read is fingerprinted as it comes.
+"""Reads segments of an image file into memory: several threads, and the digest of what was read is taken as it comes.
 
-One look at the bytes says both whether they are what was written and what they are held against later. Only when they
-are not, the checksum of each storage is computed, to name the tensor. Read with ``pread``, never mapped: a mapping of a
+Bytes with the digest that was written have the fingerprint that was written. Only when they have not, the checksum of
+each storage is computed, to name the tensor. Read with ``pread``, never mapped: a mapping of a
 truncated file kills the process. What the system does not have in memory is read around its page cache, where it would
 only lie a second time.
 """
@@ -11,16 +11,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import torch
+from xxhash import xxh3_64, xxh3_64_intdigest
 
-from modelcache.dataplane.fingerprint import CHUNK_BYTES, ROW_BYTES, joined, sums_of
 from modelcache.dataplane.image import WeightImage
-from modelcache.dataplane.images.format import ImageFile, UnusableError
+from modelcache.dataplane.images.format import CHUNK_BYTES, ImageFile, UnusableError, digest_of
 from modelcache.dataplane.memory.fresh_pages import ask_for_pages, has_pages
 
 _NUM_WORKERS = 4
@@ -58,14 +56,14 @@ def read_segments(
         UnusableError: The file cannot be read, ends too early, or holds other bytes than were written (`DamagedError`).
     """
     order = sorted(targets)
-    sums: dict[int, list[int]] = {segment: [] for segment in order}
+    chunks: dict[int, list[bytes]] = {segment: [] for segment in order}
     direct = None if is_in_memory(descriptor) else _around_cache(descriptor)
     pool = ThreadPoolExecutor(_NUM_WORKERS, thread_name_prefix="modelcache-read")
-    ahead: deque[tuple[int, int, Future[list[int]]]] = deque()
+    ahead: deque[tuple[int, int, Future[bytes]]] = deque()
 
     def land() -> None:
         segment, size_bytes, future = ahead.popleft()
-        sums[segment] += future.result()
+        chunks[segment].append(future.result())
         report(size_bytes)
 
     try:
@@ -83,18 +81,20 @@ def read_segments(
         pool.shutdown(wait=True, cancel_futures=True)
         if direct is not None:
             os.close(direct)
-    prints = {segment: joined(len(targets[segment]), sums[segment]) for segment in order}
     for segment in order:
-        if prints[segment] != file.prints[segment]:
+        if digest_of(chunks[segment]) != file.digests[segment]:
             raise DamagedError(segment)
-    return prints
+    return {segment: file.prints[segment] for segment in order}
 
 
 def damaged_storages(file: ImageFile, image: WeightImage, segment: int, data: memoryview) -> Iterator[int]:
     """Which storages of a segment do not have the checksum that they were written with."""
     for storage in image.segments[segment].storages:
         place = image.storages[storage]
-        if zlib.crc32(data[place.offset_bytes : place.offset_bytes + place.size_bytes]) != file.checksums[storage]:
+        if (
+            xxh3_64_intdigest(data[place.offset_bytes : place.offset_bytes + place.size_bytes])
+            != file.checksums[storage]
+        ):
             yield storage
 
 
@@ -114,18 +114,13 @@ def _around_cache(descriptor: int) -> int | None:
     return None
 
 
-def _read_chunk(
-    descriptor: int, direct: int | None, memory: memoryview, start: int, stop: int, offset: int
-) -> list[int]:
-    """Any thread. Returns what the fingerprint is made of."""
+def _read_chunk(descriptor: int, direct: int | None, memory: memoryview, start: int, stop: int, offset: int) -> bytes:
+    """Any thread. Returns the XXH3 of what was read."""
     with memory[start:stop] as target:  # ended here, or the frame of an error would keep the memory
         if not has_pages(target):
             ask_for_pages(target)
         _read_all(descriptor, direct, target, offset)
-        sums: list[int] = []
-        for first in range(0, len(target), ROW_BYTES):
-            sums += sums_of(torch.frombuffer(target[first : first + ROW_BYTES], dtype=torch.uint8))
-    return sums
+        return xxh3_64(target).digest()
 
 
 def _read_all(descriptor: int, direct: int | None, target: memoryview, offset: int) -> None:
