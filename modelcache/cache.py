@@ -153,6 +153,8 @@ class ModelCache:
         self._close_lock = threading.Lock()
         # A name changes hands in one step for whoever registers and whoever unregisters.
         self._naming = parts.pool.lock()
+        # The threads that close it now: what they run meanwhile, a signal handler or a finalizer, need not.
+        self._closers: dict[int, None] = {}
         self._end_lock = threading.Lock()
         self._is_given_up = False
         self._leaving: dict[str, MoveFuture] = {}
@@ -265,7 +267,7 @@ class ModelCache:
         `BudgetExhaustedError` when leases leave no room.
         """
         self._door.entry(name)
-        return self._post(WantCopy(name, Tier(tier)), None)
+        return self._post(WantCopy(name, Tier(tier), self._driver.is_loading_here(threading.get_ident())), None)
 
     # --- explicit moves -------------------------------------------------------------------------------------------
 
@@ -423,20 +425,27 @@ class ModelCache:
         Models still leased are named in a warning; their objects stay usable for as long as somebody holds them only
         if they are not in use: return leases before closing.
         """
-        if self._driver.is_forked:
+        me = threading.get_ident()
+        if self._driver.is_forked or me in self._closers:
             return
-        with self._close_lock:
-            if self._is_given_up:
-                return
-            if not self._door.is_closed:
-                self._door.is_closed = True
-                self._warn_leased()
-            # Each step may be done again: whoever was interrupted in one, by a Ctrl-C, can close once more.
-            if self._governor is not None:
-                self._governor.stop()
-            self._driver.stop()
-            self._give_up_elsewhere()
-            atexit.unregister(self.close)
+        try:
+            self._closers[me] = None
+            with self._close_lock:
+                if not self._is_given_up:
+                    self._close()
+        finally:
+            self._closers.pop(me, None)
+
+    def _close(self) -> None:
+        if not self._door.is_closed:
+            self._door.is_closed = True
+            self._warn_leased()
+        # Each step may be done again: whoever was interrupted in one, by a Ctrl-C, can close once more.
+        if self._governor is not None:
+            self._governor.stop()
+        self._driver.stop()
+        self._give_up_elsewhere()
+        atexit.unregister(self.close)
 
     def _give_up_elsewhere(self) -> None:
         """On a thread of its own, where no Ctrl-C can tear it: one that comes meanwhile does not end it."""
@@ -444,9 +453,12 @@ class ModelCache:
 
         def give_up() -> None:
             try:
+                self._closers[threading.get_ident()] = None
                 self._give_up()
             except BaseException as error:  # noqa: BLE001  Whatever it is, it is for whoever closes.
                 errors.append(error)
+            finally:
+                self._closers.pop(threading.get_ident(), None)
 
         try:
             worker = self._parts.pool.spawn("modelcache-closing", give_up)

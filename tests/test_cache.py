@@ -63,6 +63,34 @@ def test_a_caller_whose_time_is_up_learns_what_it_waited_for_and_who_holds_it(be
     assert bench.cache.status().counters.timeouts == 1
 
 
+@pytest.mark.parametrize("timeout", [float("inf"), 1e300, 10**30])
+def test_a_timeout_that_never_ends_is_none(bench, timeout):
+    bench.add("a", "b", size=40)
+    with bench.cache.get("a"):
+        patient = bench.call(lambda: bench.cache.get("b", timeout=timeout)(lambda: "served"))
+        bench.pool.settle(num_callers=1)
+        bench.pass_time(1e9)
+        assert patient.thread.is_alive()
+    assert patient.result() == "served"
+    bench.validate()
+
+
+@pytest.mark.parametrize(
+    ("timeout", "error"), [(float("nan"), ValueError), ("5", TypeError), (True, TypeError), ([], TypeError)]
+)
+@pytest.mark.parametrize("what", ["get", "lease_many", "park", "evict"])
+def test_a_timeout_that_is_no_time_is_refused_and_nobody_else_feels_it(bench, what, timeout, error):
+    bench.add("a", "b")
+    with pytest.raises(error, match="timeout must be seconds, or None to wait, got"):
+        getattr(bench.cache, what)("a", timeout=timeout)
+    with bench.cache.get("b"):
+        late = bench.call(lambda: bench.cache.park("b", timeout=5))
+        bench.pool.settle(num_callers=1)
+        bench.pass_time(5.0)
+        assert isinstance(late.failure(), LeaseTimeoutError)
+    bench.validate()
+
+
 def test_a_timeout_while_loading_names_the_load_and_the_load_goes_on(bench):
     bench.add("a")
     with bench.mover.hold("load", "a"):
@@ -191,6 +219,32 @@ def test_loaders_that_wait_for_each_other_are_told_and_both_models_stay_usable_l
     assert "the loader of 'b' waits for a, whose loader waits for 'b'" in str(caught.value)
     in_circles = False
     bench.use("a", "b")
+
+
+def test_a_loader_may_wait_for_a_copy_of_another_model(bench):
+    bench.add("b")
+
+    def load_a():
+        bench.cache.prefetch("b").result()
+        return FakeModel(20)
+
+    bench.cache.register("a", load_a)
+    bench.use("a")
+    assert bench.cache.info("b").vram_bytes == 20
+
+
+def test_a_loader_that_waits_for_a_copy_of_its_own_model_is_told(bench):
+    bench.cache.register("a", lambda: bench.cache.prefetch("a").result())
+    with pytest.raises(LeaseCycleError, match="the loader of 'a' waits for a"):
+        bench.cache.get("a")
+
+
+def test_loaders_may_ask_for_copies_of_each_other_and_go_on(bench):
+    bench.cache.register("a", lambda: (bench.cache.prefetch("b"), FakeModel(20))[1])
+    bench.cache.register("b", lambda: (bench.cache.get("a"), FakeModel(20))[1])
+    bench.use("a")
+    bench.pool.settle()
+    bench.use("b")
 
 
 def test_a_loader_that_gets_its_own_model_is_told(bench):

@@ -30,10 +30,17 @@ class WantLease:
 
 @dataclass(frozen=True, slots=True)
 class WantCopy:
-    """A copy of `name` on `tier`, without a lease; it yields to every lease that is wanted."""
+    """A copy of `name` on `tier`, without a lease; it yields to every lease that is wanted.
+
+    Attributes:
+        name: The model.
+        tier: Where to.
+        inside: The model whose loader asks for it, if one does: it may wait for the copy.
+    """
 
     name: str
     tier: Tier
+    inside: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

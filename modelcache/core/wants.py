@@ -114,8 +114,11 @@ class Wants:
                 if error is not None:
                     m.refuse(waiting, error)
                     return False
-        inside = waiting.want.inside if isinstance(waiting.want, WantLease) else None
-        if inside is not None and self._waits_for_loader(names, inside, waiting.ticket, set()):
+        want = waiting.want
+        inside = want.inside if isinstance(want, WantLease | WantCopy) else None
+        # Whoever wants a copy need not wait for it, but of itself it can never have one.
+        is_sure = inside in names or isinstance(want, WantLease)
+        if inside is not None and is_sure and self._waits_for_loader(names, inside, waiting.ticket, set()):
             cycle = f"the loader of {inside!r} waits for {waiting.label}, whose loader waits for {inside!r}"
             m.refuse(waiting, LeaseCycleError(waiting.label, (cycle,)))
             return False

@@ -1,13 +1,15 @@
 """The one writer of the core: events in by mailbox, one thread, one lock; instructions out to gates, links and callers.
 
 Every change of state happens on the driver's own thread, so no frame that a Ctrl-C can tear holds a half-made one. The
-lock is for those who look meanwhile. Nothing slow and no user code runs under it.
+lock is for those who look meanwhile, on threads that no signal handler interrupts; on the others the driver looks for
+them. Nothing slow and no user code runs under it.
 """
 
 from __future__ import annotations
 
 import heapq
 import logging
+import math
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from numbers import Real
 from threading import get_ident
 from typing import Any, assert_never
 
@@ -53,6 +56,7 @@ from modelcache.core.messages import (
     Unload,
     UnwatchGate,
     Want,
+    WantCopy,
     WantLease,
     WatchGate,
 )
@@ -111,6 +115,12 @@ class _Stop:
     wake: Callable[[], None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Look:
+    read: Callable[[Machine], Any]
+    waiter: Waiter
+
+
 _POKE = object()
 
 
@@ -156,7 +166,7 @@ class Driver:
         self.watch = Watch(clock)
         self._stoppers: list[Callable[[], None]] = []
         self._stop_by_s = 0.0
-        self._is_over = False
+        self._is_ending = self._is_over = False
         self._bug: Exception | None = None
         self._is_forked = False
         self._loader_threads: dict[int, str] = {}
@@ -241,10 +251,14 @@ class Driver:
         """Want something; the waiter is woken with the answer.
 
         `wasted_ticks`: how many the caller drew in vain before it asked; for the counting of hits.
+
+        Raises:
+            TypeError: The timeout is no number.
+            ValueError: It is not a number of seconds (NaN).
         """
         if self._is_forked:
             raise ForkedCacheError
-        deadline_s = None if timeout_s is None else waiter.asked_s + timeout_s
+        deadline_s = _deadline(waiter.asked_s, timeout_s)
         self._unheard[waiter.ticket] = waiter
         self._mailbox.put(_Ask(want, waiter, deadline_s, lend, lend_to, wasted_ticks))
         if self._is_over:
@@ -281,11 +295,23 @@ class Driver:
         return self._loader_threads.get(thread)
 
     def look(self, read: Callable[[Machine], Any]) -> Any:
-        """Read the machine under the lock; `read` must be quick and change nothing."""
+        """Read the machine while nothing changes it; `read` must be quick and change nothing."""
         if self._is_forked:
             raise ForkedCacheError
+        if self._pool.is_interruptible() and not self._is_ending:
+            return self._let_look(read)
         with self._lock:
             return read(self._machine)
+
+    def _let_look(self, read: Callable[[Machine], Any]) -> Any:
+        """The same on the driver's thread: a signal handler that closes the cache would wait for a lock held here."""
+        event = self._pool.event()
+        waiter = blocking(0, self._clock.now_s(), event)
+        self._mailbox.put(_Look(read, waiter))
+        while not event.wait(0.05):
+            if self._is_ending or not self._thread.is_alive():
+                return read(self._machine)
+        return waiter.result()
 
     def glance(self, read: Callable[[Machine], Any]) -> Any:
         """Read single facts of the machine without the lock, which a thread that is stuck may hold."""
@@ -311,7 +337,7 @@ class Driver:
             return
         event = self._pool.event()
         self._mailbox.put(_Stop(event.set))
-        while not (self._is_over or event.wait(0.05)):
+        while not (self._is_over or event.wait(0.05)) and self._thread.is_alive():
             pass
         self._thread.join()
 
@@ -365,8 +391,8 @@ class Driver:
             self._step_since_s = None
             item = self._mailbox.get(self._next_deadline())
             now_s = self._step_since_s = self._clock.now_s()
-            self._end_fleeting(now_s)
             try:
+                self._end_fleeting(now_s)
                 with self._lock:
                     self._last_step_s = now_s
                     self._take(item, now_s)
@@ -429,6 +455,8 @@ class Driver:
                 self._drive(Closing(), now_s)
         elif isinstance(item, MoveDone):
             self._land(item, now_s)
+        elif isinstance(item, _Look):
+            item.waiter.offer(_read(item.read, self._machine))
         else:
             self._drive(item, now_s)
 
@@ -456,6 +484,7 @@ class Driver:
         is_moving = self._bug is None and not self._machine.flights.is_idle
         if is_moving or (late and now_s < self._stop_by_s):
             return
+        self._is_ending = True  # nothing is decided any more
         if late:
             _LOG.warning("closed while loading models=%s; their loaders go on and their results are dropped", late)
         for link in (self._ups, self._downs, self._files, self._looks):
@@ -593,8 +622,8 @@ class Driver:
 
     def _is_asked_from_a_loader(self, name: str) -> bool:
         return any(
-            isinstance(ask.want, WantLease) and name in ask.want.names and ask.want.inside is not None
-            for ask in self._waiters.values()
+            isinstance(each.want, WantLease | WantCopy) and each.want.inside is not None and name in each.names
+            for each in self._machine.waiting.values()
         )
 
     def _load(self, spec: ModelSpec, generation: int) -> None:
@@ -677,8 +706,26 @@ class Driver:
         """Counts since the start; hits are the leases that asked nobody."""
         # A count has no reader but its representation, and a second number to keep would not be free on the hit path.
         drawn = int(repr(self._ticks)[6:-1]) - 1
-        with self._lock:
-            return self._story.counters(drawn)
+        counters: Counters = self.look(lambda _: self._story.counters(drawn))
+        return counters
+
+
+def _read(read: Callable[[Machine], Any], machine: Machine) -> Any:
+    """What was read, or the error that whoever looks is to have."""
+    try:
+        return read(machine)
+    except ModelCacheError as error:
+        return error.with_traceback(None)
+
+
+def _deadline(asked_s: float, timeout_s: object) -> float | None:
+    if timeout_s is None or timeout_s == math.inf:
+        return None
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, Real):
+        raise TypeError(f"timeout must be seconds, or None to wait, got {timeout_s!r}")
+    if math.isnan(timeout_s):
+        raise ValueError("timeout must be seconds, or None to wait, got nan")
+    return asked_s + float(timeout_s)
 
 
 def own_copy(error: Exception) -> Exception:

@@ -25,7 +25,7 @@ class Clock(Protocol):
 
 
 class Lock(Protocol):
-    """A mutual exclusion lock, not re-entrant."""
+    """A mutual exclusion lock. A signal handler may take it again on the thread that holds it."""
 
     def __enter__(self) -> object: ...
     def __exit__(
@@ -60,6 +60,9 @@ class Mailbox(Protocol[T]):
 
 class Pool(Protocol):
     """Where threads and their primitives come from."""
+
+    def is_interruptible(self) -> bool:
+        """Signal handlers may run on this thread: it must hold no lock that they could wait for."""
 
     def lock(self) -> Lock: ...
     def event(self) -> Event: ...

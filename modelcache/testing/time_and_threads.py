@@ -187,6 +187,10 @@ class FakePool:
         self._locks.append(lock)
         return lock
 
+    def is_interruptible(self) -> bool:
+        """As on real threads: on the main one."""
+        return threading.get_ident() == threading.main_thread().ident
+
     def event(self) -> FakeEvent:
         """A flag."""
         return FakeEvent(self)

@@ -76,6 +76,15 @@ def test_what_is_put_before_the_time_is_not_lost_to_it(world):
     assert found == ["soon"]
 
 
+@pytest.mark.parametrize("until_s", [1e10, 1e300, float("inf")])
+def test_a_time_that_never_comes_can_be_waited_for(world, until_s):
+    mailbox = world.pool.mailbox(world.clock)
+    thread, found = started(world, lambda: mailbox.get(until_s))
+    mailbox.put("soon")
+    thread.join(10)
+    assert found == ["soon"]
+
+
 def test_a_finalizer_may_put_while_a_reader_waits(world):
     mailbox = world.pool.mailbox(world.clock)
 
@@ -113,6 +122,20 @@ def test_an_event_wakes_who_waits_and_can_be_waited_for_in_vain(world):
     assert event.is_set()
     event.clear()
     assert not event.wait(0.0)
+
+
+def test_an_event_wakes_all_who_wait_and_none_who_was_late(world):
+    event = world.pool.event()
+    late = started(world, lambda: event.wait(0.0))
+    late[0].join(10)
+    waiting = [started(world, lambda s=s: event.wait(s)) for s in (None, 1000.0, None, 1000.0)]
+    event.set()
+    event.set()
+    for thread, _ in waiting:
+        thread.join(10)
+    assert [found for _, found in waiting] == [[True]] * 4
+    assert late[1] == [False]
+    assert event.wait(None)
 
 
 def test_a_lock_lets_one_thread_in(world):

@@ -166,6 +166,27 @@ def test_closing_twice_at_once_waits_for_the_same_end(room_of, at):
     assert not room.images.exists()
 
 
+def test_a_finalizer_that_closes_the_cache_may_run_because_it_is_closed(room_of):
+    room = room_of()
+    room.add("a")
+    finalized = []
+
+    class Owner(torch.nn.Linear):
+        def __del__(self) -> None:
+            room.cache.close()
+            finalized.append(threading.current_thread().name)
+
+    room.cache.register("owner", lambda: Owner(8, 8), reload=True)
+    room.use("a")
+    with room.cache.get("owner"):
+        pass
+    room.cache.close()
+    gc.collect()
+    assert finalized
+    with pytest.raises(CacheClosedError):
+        room.cache.get("a")
+
+
 def test_a_model_leased_while_closing_is_whole_until_it_is_returned(room_of):
     room = room_of()
     room.add("a")

@@ -98,6 +98,9 @@ class SimPool:
         self._locks.append(lock := SimLock(self._scheduler))
         return lock
 
+    def is_interruptible(self) -> bool:
+        return False
+
     def event(self) -> SimEvent:
         return SimEvent(self._scheduler)
 
