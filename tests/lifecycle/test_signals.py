@@ -174,7 +174,7 @@ def closes_all_the_same(folder, after: int) -> bool:
     return struck
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_a_close_that_was_interrupted_can_be_done_again_and_leaves_nothing(tmp_path):
     after = 0
     while closes_all_the_same(tmp_path, after):
