@@ -168,6 +168,9 @@ def _metrics(
 ) -> list[Metric]:
     if not stages or not all(callable(stage) for stage in stages.values()):
         raise InputError("run is a callable, or a mapping of names to callables with one at the least")
+    unnamed = next((name for name in stages if not isinstance(name, str) or not name or name != name.strip()), None)
+    if unnamed is not None:
+        raise InputError(f"run: a stage has a name without spaces around it, got {unnamed!r}")
     scores = [Metric(_name_of(score), score)] if callable(score) else list(score)
     for metric in scores:
         if not isinstance(metric, Metric) or metric.measure is None:

@@ -149,7 +149,7 @@ class Comparison:
         runs = self._complete[item][arm]
         if metric.name == FAILURES:
             return fmean(bool(run.error) for run in runs)
-        if metric.name.endswith(LATENCY):
+        if metric in self.plan.times:
             stage = metric.name.removesuffix(LATENCY).strip()
             times = [run.seconds[stage] if stage else sum(run.seconds.values()) for run in runs if not run.error]
             return fmean(times) if times else None
@@ -181,7 +181,7 @@ class Comparison:
         by_item = {item: self._difference(metric, arm.name, base.name, item) for item in self._complete}
         known = {item: value for item, value in by_item.items() if value is not None}
         together = any({arm.model, base.model} <= set(group) for group in self.plan.groups)
-        if together or not metric.name.endswith(LATENCY):
+        if together or metric not in self.plan.times:
             return Differences(metric, arm.name, base.name, "item", tuple(known.values()))
         # Times of arms that ran in turns: items of a block share what the machine did then, so a pair of blocks is one.
         pairs: dict[int, dict[int, list[float]]] = {}
@@ -214,7 +214,7 @@ class Comparison:
             ]
             values = [v for item in answered if (v := self.value(metric, arm.name, item)) is not None]
             if values:
-                means[metric.name] = median(values) if metric.name.endswith(LATENCY) else fmean(values)
+                means[metric.name] = median(values) if metric in self.plan.times else fmean(values)
         cold = [a.seconds for a in arrivals if a.block < 0 and a.found != "vram"]
         return ArmSummary(
             arm,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from os import PathLike
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,7 +13,7 @@ from typing import Any, TextIO
 from modelcache import __version__
 from modelcache.ab.arms import Arm
 from modelcache.ab.inputs import InputError, json_lines
-from modelcache.ab.metrics import Metric
+from modelcache.ab.metrics import FAILURES, LATENCY, Metric
 
 FORMAT = "modelcache-ab-run"
 
@@ -23,7 +24,7 @@ class Plan:
 
     Attributes:
         arms: The first is the baseline.
-        metrics: What is measured; the failures and times too.
+        metrics: What is measured: first the scores, then the time of a call and of its stages, then failures.
         primary: Names of the metrics that decide when enough is known.
         num_items: There are, of which `items` is the digest.
         repeats: Calls of each arm for each item.
@@ -50,6 +51,16 @@ class Plan:
     level: float
     least_switches: int
     version: str = __version__
+
+    @property
+    def scores(self) -> tuple[Metric, ...]:
+        """The metrics that a callable gives: they come before the time of a call."""
+        return tuple(takewhile(lambda metric: metric.name != LATENCY, self.metrics))
+
+    @property
+    def times(self) -> tuple[Metric, ...]:
+        """The time of a call and, if it has several, of its stages."""
+        return tuple(metric for metric in self.metrics[len(self.scores) :] if metric.name != FAILURES)
 
     def as_json(self) -> dict[str, Any]:
         """As the first line says it."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from modelcache import format_bytes, format_seconds
 from modelcache.ab import plots
 from modelcache.ab.comparison import Comparison
-from modelcache.ab.metrics import FAILURES, LATENCY, Metric
+from modelcache.ab.metrics import FAILURES, Metric
 from modelcache.ab.table import fine_print, p_words
 from modelcache.ab.verdicts import Judgement, Verdict
 from modelcache.page_style import style_sheet
@@ -92,8 +92,7 @@ def _verdict_row(one: Judgement) -> str:
 
 
 def _plots(result: Comparison) -> Sequence[str]:
-    scores = [m for m in result.plan.metrics if m.name != FAILURES and not m.name.endswith(LATENCY)]
-    latency = next(m for m in result.plan.metrics if m.name == LATENCY)
+    scores, (latency, *_) = result.plan.scores, result.plan.times
     if not result.num_items:
         return ["<h2>Plots</h2><p>No item was answered by every arm yet.</p>"]
     margin = "; dotted, the margin" if any(one.differences.metric.margin for one in result.judgements) else ""
@@ -135,10 +134,9 @@ def _section(heading: str, svg: str, words: str) -> str:
 
 
 def _disagreements(result: Comparison) -> str:
-    scores = [m for m in result.plan.metrics if m.name != FAILURES and not m.name.endswith(LATENCY)]
-    if not scores or not result.num_items:
+    if not result.plan.scores or not result.num_items:
         return ""
-    metric = scores[0]
+    metric = result.plan.scores[0]
     shown = "".join(_disagreement(result, metric, item) for item in result.disagreements(metric)[:_NUM_DISAGREEMENTS])
     return f"<h2>The largest disagreements, by {escape(metric.name)}</h2>{shown}"
 
