@@ -12,7 +12,7 @@ from typing import Any
 
 from modelcache import ModelCache, Tier, format_bytes
 from modelcache.ab.arms import Arm, read_arms
-from modelcache.ab.bench import Bench, Stage, Work, shown
+from modelcache.ab.bench import Bench, Stage, Work, in_words
 from modelcache.ab.comparison import Comparison
 from modelcache.ab.inputs import InputError, read_items
 from modelcache.ab.journal import Entry, Journal, Plan, runs_of
@@ -71,12 +71,13 @@ def compare(
         num_pairs: Of blocks, where not all models fit together. Default: 6 to 10, by the number of items.
         allow_disk: Go on although RAM does not hold all models, so that switches read from disk.
         log: A file of JSON lines, written as it goes. If it holds the same run, unfinished, the run is taken up again.
-        show: An output or an item in words, for the report.
+        show: An output or an item in words, for the report; what it fails on is shown by its `repr`.
         on_progress: Called with a line now and then.
         clock: In seconds.
 
     Raises:
-        InputError: Bad input: nothing was run, except where a score turns out not to be a number.
+        InputError: Bad input: nothing was run, except where a score turns out not to be a number, or not above nought
+            though it is compared by ratio.
     """
     given, things = read_arms(cache, arms), read_items(items)
     _require_counts(repeats=repeats, max_items=max_items, num_pairs=num_pairs)
@@ -129,7 +130,7 @@ def compare(
             is_late = max_seconds is not None and bench.now_s >= max_seconds
             if is_late or (stop_early and _may_look(journal) and Comparison(plan, journal.entries).is_settled):
                 break
-        return Comparison(plan, journal.entries, shown(things, show))
+        return Comparison(plan, journal.entries, tuple(in_words(item, show) for item in things.values))
 
 
 def _before(path: Path | None) -> Comparison | None:

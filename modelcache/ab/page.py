@@ -36,6 +36,8 @@ def write_page(path: Path, result: Comparison) -> None:
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(title)}</title><style>{style_sheet()}{_STYLE}</style></head><body>{body}</body></html>\n",
         encoding="utf-8",
+        # Half a character, as a tokenizer may give, is no reason to have no report.
+        errors="replace",
     )
 
 

@@ -41,3 +41,61 @@ def test_a_score_may_be_called_a_latency(tmp_path):
 def test_a_stage_has_a_name(name):
     with pytest.raises(InputError, match="a stage has a name without spaces around it, got"):
         compared(run={name: multiply, "answer": multiply})
+
+
+# --- scores and times ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score", [None, "0.5", [1.0, 2.0], 1j, float("inf")])
+def test_a_score_that_is_no_number_ends_the_run_and_does_not_count_against_the_arms(score):
+    with pytest.raises(InputError, match=r"item \d+: 'quality' of arm '[ab]' is .*, but a score is a finite number"):
+        compared(score=[Metric("quality", lambda o, i: score)])
+
+
+@pytest.mark.parametrize("score", [True, 1, "numpy"])
+def test_whatever_is_a_number_is_a_score(score):
+    import numpy as np
+
+    found = np.float32(1.0) if score == "numpy" else score
+    assert compared(score=[Metric("quality", lambda o, i: found)]).arms[0].means["quality"] == 1.0
+
+
+def test_a_score_of_nought_that_is_compared_by_ratio_is_named_with_the_fix():
+    words = r"item \d+: 'cost' of arm '[ab]' is 0, but what is compared by ratio is above nought; .* scale='difference'"
+    with pytest.raises(InputError, match=words):
+        compared(score=[Metric("cost", lambda o, i: 0.0, scale="ratio")])
+
+
+def test_a_clock_that_does_not_move_tells_no_arms_apart():
+    result = compared(clock=lambda: 1.0)
+    (latency,) = (one for one in result.judgements if one.differences.metric.name == "latency")
+    assert set(latency.differences.values) == {0.0}
+
+
+def test_an_input_error_of_the_users_own_code_is_a_failure_of_the_arm():
+    def run(model, item):
+        if model.number == 2.0:
+            raise InputError("this prompt is too long")
+        return model(item)
+
+    assert [arm.num_failed for arm in compared(run=run).arms] == [0, 12]
+
+
+class Wordless:
+    def __repr__(self):
+        raise OSError("no words")
+
+
+@pytest.mark.parametrize(
+    ("answer", "shown"), [({"text": "x"}, "x"), (5.0, "5.0"), (Wordless(), "<Wordless>")], ids=["shown", "repr", "type"]
+)
+def test_what_cannot_be_shown_is_no_failure_and_ends_no_run(answer, shown):
+    result = compared(run=lambda m, i: answer, score=lambda o, i: 1.0, show=lambda o: o["text"])
+    assert [arm.num_failed for arm in result.arms] == [0, 0]
+    assert {run.output for run in result.runs} == {shown}
+    assert result.items[0] == "1.0"
+
+
+def test_half_a_character_in_an_output_ends_no_report(tmp_path):
+    compared(run=lambda m, i: "\ud83d", score=lambda o, i: 1.0, show=str).to_html(tmp_path / "r.html")
+    assert "<pre>?</pre>" in (tmp_path / "r.html").read_text(encoding="utf-8")
