@@ -80,9 +80,12 @@ def compare(
             though it is compared by ratio.
     """
     given, things = read_arms(cache, arms), read_items(items)
-    _require_counts(repeats=repeats, max_items=max_items, num_pairs=num_pairs)
-    if not 0 < level < 1 or warm_up < 0:
-        raise InputError(f"level is between 0 and 1 and warm_up is not negative, got {level!r} and {warm_up!r}")
+    _require_counts(1, repeats=repeats, max_items=max_items, num_pairs=num_pairs)
+    _require_counts(0, seed=seed, warm_up=warm_up)
+    if not (_is_number(level) and 0 < level < 1):
+        raise InputError(f"level is between 0 and 1, such as 0.05, got {level!r}")
+    if max_seconds is not None and not (_is_number(max_seconds) and max_seconds > 0):
+        raise InputError(f"max_seconds is a number of seconds above 0, got {max_seconds!r}")
     stages = dict(run) if isinstance(run, Mapping) else {"run": run}
     metrics = _metrics(stages, score, latency_margin)
     main = _primary(primary, metrics)
@@ -172,9 +175,11 @@ def _metrics(
     unnamed = next((name for name in stages if not isinstance(name, str) or not name or name != name.strip()), None)
     if unnamed is not None:
         raise InputError(f"run: a stage has a name without spaces around it, got {unnamed!r}")
-    scores = [Metric(_name_of(score), score)] if callable(score) else list(score)
+    scores = [Metric(_name_of(score), score)] if callable(score) else score
+    if not isinstance(scores, Sequence):
+        raise InputError(f"score is a callable, or a list of Metric(name, callable), got {score!r}")
     for metric in scores:
-        if not isinstance(metric, Metric) or metric.measure is None:
+        if not isinstance(metric, Metric) or not callable(metric.measure):
             raise InputError(f"score is a callable, or a list of Metric(name, callable), got {metric!r}")
     parts = [latency(name) for name in stages] if len(stages) > 1 else []
     metrics = [*scores, latency(margin=margin), *parts, failures()]
@@ -191,6 +196,8 @@ def _name_of(score: Callable[[Any, Any], float]) -> str:
 
 
 def _primary(asked: Sequence[str], metrics: Sequence[Metric]) -> tuple[str, ...]:
+    if isinstance(asked, str):
+        raise InputError(f"primary is a list of names, got the string {asked!r}; write [{asked!r}]")
     unknown = sorted(set(asked) - {metric.name for metric in metrics})
     if unknown:
         known = ", ".join(repr(metric.name) for metric in metrics)
@@ -198,10 +205,14 @@ def _primary(asked: Sequence[str], metrics: Sequence[Metric]) -> tuple[str, ...]
     return tuple(asked) or tuple(metric.name for metric in metrics if metric.measure is not None) or (LATENCY,)
 
 
-def _require_counts(**counts: int | None) -> None:
+def _require_counts(least: int, **counts: int | None) -> None:
     for name, count in counts.items():
-        if count is not None and (not isinstance(count, int) or count < 1):
-            raise InputError(f"{name} is a whole number from 1, got {count!r}")
+        if count is not None and (not isinstance(count, int) or count < least):
+            raise InputError(f"{name} is a whole number from {least}, got {count!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float))
 
 
 def _require_ram(cache: ModelCache, models: set[str]) -> None:

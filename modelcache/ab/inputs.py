@@ -82,8 +82,10 @@ def read_items(items: Iterable[Any] | str | PathLike[str]) -> Items:
             raise InputError("there is no such file of items; give an existing one, or a list", str(path))
         numbered = list(readers[path.suffix.lower()](path))
         found = Items(tuple(item for _, item in numbered), str(path), tuple(line for line, _ in numbered))
-    else:
+    elif isinstance(items, Iterable):
         found = Items(tuple(items))
+    else:
+        raise InputError(f"items is a list, or the path of a .jsonl or .csv file, got {items!r}")
     if len(found.values) < 2:
         count = "one item" if found.values else "no items"
         raise InputError(f"{count}: a comparison needs two at the least, and some thirty to tell much", found.path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from ab.stand import cache_of
 
-from modelcache.ab import InputError, Metric, compare
+from modelcache.ab import Arm, InputError, Metric, compare
 
 ITEMS = [float(i) for i in range(1, 13)]
 
@@ -99,3 +99,46 @@ def test_what_cannot_be_shown_is_no_failure_and_ends_no_run(answer, shown):
 def test_half_a_character_in_an_output_ends_no_report(tmp_path):
     compared(run=lambda m, i: "\ud83d", score=lambda o, i: 1.0, show=str).to_html(tmp_path / "r.html")
     assert "<pre>?</pre>" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+# --- arguments ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": -1}, "seed is a whole number from 0, got -1"),
+        ({"seed": "x"}, "seed is a whole number from 0, got 'x'"),
+        ({"seed": 1.5}, "seed is a whole number from 0, got 1.5"),
+        ({"warm_up": 1.5}, "warm_up is a whole number from 0, got 1.5"),
+        ({"warm_up": -1}, "warm_up is a whole number from 0, got -1"),
+        ({"level": "x"}, "level is between 0 and 1, such as 0.05, got 'x'"),
+        ({"level": 5}, "level is between 0 and 1, such as 0.05, got 5"),
+        ({"max_seconds": "10m"}, "max_seconds is a number of seconds above 0, got '10m'"),
+        ({"max_seconds": -1}, "max_seconds is a number of seconds above 0, got -1"),
+        ({"max_seconds": float("nan")}, "max_seconds is a number of seconds above 0, got nan"),
+        ({"items": None}, "items is a list, or the path of a .jsonl or .csv file, got None"),
+        ({"arms": None}, "arms is a list of names, or of Arm, got None"),
+        ({"arms": ["a", 2]}, "an arm is the name of a registered model, or an Arm, got 2"),
+        ({"score": None}, "score is a callable, or a list of Metric(name, callable), got None"),
+        ({"score": [Metric("m", 3)]}, "score is a callable, or a list of Metric(name, callable), got Metric("),
+        ({"primary": "output"}, "primary is a list of names, got the string 'output'; write ['output']"),
+        ({"latency_margin": "5%"}, "a margin is a positive number, got '5%'"),
+    ],
+    ids=str,
+)
+def test_an_argument_of_another_kind_is_refused_in_words_before_anything_is_loaded(changes, words):
+    with cache_of({"a": 1.0, "b": 2.0}) as cache:
+        options = {"arms": ["a", "b"], "items": ITEMS, "run": multiply, "score": output, **changes}
+        with pytest.raises(InputError) as caught:
+            compare(cache, options.pop("arms"), options.pop("items"), **options)
+        assert words in str(caught.value)
+        assert cache.status().counters.disk_hits == 0
+
+
+@pytest.mark.parametrize(("name", "model", "settings"), [("", "a", {}), (1, "a", {}), ("a", 1, {}), ("a", "a", [1])])
+def test_an_arm_has_names_and_settings_by_name(name, model, settings):
+    with pytest.raises(
+        InputError, match=r"an arm and its model have names, got|settings are keyword arguments by name"
+    ):
+        Arm(name, model, settings)
