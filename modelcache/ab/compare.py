@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import zip_longest
 from os import PathLike
 from pathlib import Path
@@ -15,7 +16,7 @@ from modelcache.ab.arms import Arm, read_arms
 from modelcache.ab.bench import Bench, Stage, Work, in_words
 from modelcache.ab.comparison import Comparison
 from modelcache.ab.inputs import InputError, read_items
-from modelcache.ab.journal import Entry, Journal, Plan, runs_of
+from modelcache.ab.journal import Entry, Journal, Plan, require_same, runs_of
 from modelcache.ab.metrics import LATENCY, Metric, failures, latency
 from modelcache.ab.schedule import Groups, Schedule, group_models, least_promotions, make_schedule
 
@@ -90,14 +91,29 @@ def compare(
     metrics = _metrics(stages, score, latency_margin)
     main = _primary(primary, metrics)
     path = None if log is None else Path(log)
+    plan = Plan(
+        arms=given,
+        metrics=tuple(metrics),
+        primary=main,
+        num_items=len(things.values),
+        items=things.digest,
+        repeats=repeats,
+        seed=seed,
+        groups=(),
+        num_pairs=num_pairs,
+        max_items=max_items,
+        stops_early=stop_early,
+        level=level,
+        least_switches=0,
+    )
+    before = _before(path, plan)
     waiting: list[Entry] = []
     bench = Bench(cache, given, things, Work(stages, metrics, warm_up, show, clock), waiting.append)
-    before = _before(path)
     bench.go_on_from(before.elapsed_s if before is not None else 0.0)
     failed = bench.bring_up_all(bench.models)
     if not allow_disk:
         _require_ram(cache, set(bench.models) - set(failed))
-    groups = before.plan.groups if before is not None else _groups(cache, bench.models, failed)
+    groups = _groups(cache, bench.models, failed) if before is None else before.plan.groups
     num_used = min(len(things.values), max_items or len(things.values))
     schedule = make_schedule(
         len(things.values),
@@ -109,21 +125,8 @@ def compare(
         num_pairs=num_pairs,
         promotions=_promotions(cache, bench.models, bench.in_place),
     )
-    plan = Plan(
-        arms=given,
-        metrics=tuple(metrics),
-        primary=main,
-        num_items=len(things.values),
-        items=things.digest,
-        repeats=repeats,
-        seed=seed,
-        groups=groups,
-        num_pairs=num_pairs,
-        max_items=max_items,
-        stops_early=stop_early,
-        level=level,
-        least_switches=schedule.least_switches if before is None else before.plan.least_switches,
-    )
+    least_switches = schedule.least_switches if before is None else before.plan.least_switches
+    plan = replace(plan, groups=groups, least_switches=least_switches)
     on_progress(str(schedule))
     with closing(Journal(plan, path)) as journal:
         for entry in waiting:
@@ -136,9 +139,13 @@ def compare(
         return Comparison(plan, journal.entries, tuple(in_words(item, show) for item in things.values))
 
 
-def _before(path: Path | None) -> Comparison | None:
-    """The run that is to be taken up, if there is one."""
-    return Comparison.from_log(path) if path is not None and path.is_file() and path.stat().st_size else None
+def _before(path: Path | None, plan: Plan) -> Comparison | None:
+    """The run that is to be taken up, if there is one: of the same plan, but for what only the models can tell."""
+    if path is None or not path.is_file() or not path.stat().st_size:
+        return None
+    found = Comparison.from_log(path)
+    require_same(found.plan, plan, path)
+    return found
 
 
 def _stops(bench: Bench, schedule: Schedule, journal: Journal, on_progress: Callable[[str], object]) -> Generator[None]:

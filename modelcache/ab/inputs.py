@@ -57,10 +57,18 @@ class Items:
         """A name for these very items, in this order: a run is only taken up again with the same ones."""
         hashed = hashlib.sha256()
         for value in self.values:
-            # Items of a type that JSON does not know count as their type: their text may hold an address.
-            text = json.dumps(value, sort_keys=True, default=lambda other: f"<{type(other).__qualname__}>")
+            try:
+                # Items of a type that JSON does not know count as their type: their text may hold an address.
+                text = json.dumps(value, sort_keys=True, default=_type_of)
+            except (TypeError, ValueError):
+                # Keys that cannot be sorted, or that JSON does not have.
+                text = _type_of(value)
             hashed.update(text.encode("utf-8", "surrogatepass") + b"\n")
         return hashed.hexdigest()
+
+
+def _type_of(value: object) -> str:
+    return f"<{type(value).__qualname__}>"
 
 
 def read_items(items: Iterable[Any] | str | PathLike[str]) -> Items:

@@ -160,7 +160,7 @@ class Journal:
             _drop_torn_line(path)
         if path.exists() and path.stat().st_size:
             found, self.entries = read_journal(path)
-            _require_same(found, plan, path)
+            require_same(found, plan, path)
             self._file = path.open("a", encoding="utf-8")
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -231,7 +231,12 @@ def _drop_torn_line(path: Path) -> None:
             file.truncate(whole)
 
 
-def _require_same(found: Plan, plan: Plan, path: Path) -> None:
+def require_same(found: Plan, plan: Plan, path: Path) -> None:
+    """Refuse to go on with another run's file.
+
+    Raises:
+        InputError: The plan that was `found` in the file at `path` is of another run; names what differs.
+    """
     before, now = found.as_json(), json.loads(json.dumps(plan.as_json()))
     for key in before:
         if key not in ("groups", "least_switches", "version") and before[key] != now[key]:

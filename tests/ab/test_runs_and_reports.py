@@ -142,3 +142,27 @@ def test_an_arm_has_names_and_settings_by_name(name, model, settings):
         InputError, match=r"an arm and its model have names, got|settings are keyword arguments by name"
     ):
         Arm(name, model, settings)
+
+
+@pytest.mark.parametrize("item", [{1: 1, "a": 2}, {(1, 2): 3}])
+def test_items_may_have_keys_of_any_kind(item):
+    assert compared(items=[item] * 5, run=lambda m, i: 1.0).num_items == 5
+
+
+# --- taking a run up again ----------------------------------------------------------------------------------------
+
+
+def cut(log, count):
+    """Leave so many lines of a log, as if the run had been killed there."""
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:count]))
+
+
+@pytest.mark.parametrize("room", [1, 10])
+def test_other_arms_are_named_before_anything_is_loaded(tmp_path, room):
+    log = tmp_path / "run.jsonl"
+    compared(log=log, room=room)
+    cut(log, 10)
+    with cache_of({"a": 1.0, "b": 2.0, "c": 1.0}, room=room) as cache:
+        with pytest.raises(InputError, match=r"run\.jsonl:1: this run was made with other arms"):
+            compare(cache, ["a", "c"], ITEMS, run=multiply, score=output, log=log)
+        assert cache.status().counters.disk_hits == 0
