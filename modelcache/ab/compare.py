@@ -114,6 +114,8 @@ def compare(
     if not allow_disk:
         _require_ram(cache, set(bench.models) - set(failed))
     groups = _groups(cache, bench.models, failed) if before is None else before.plan.groups
+    if before is not None:
+        _require_room(cache, groups, failed, str(path))
     num_used = min(len(things.values), max_items or len(things.values))
     schedule = make_schedule(
         len(things.values),
@@ -238,6 +240,19 @@ def _groups(cache: ModelCache, models: Sequence[str], failed: Mapping[str, str])
     alive = [model for model in models if model not in failed]
     groups = group_models(alive, lambda names: cache.plan(*names).fits) if alive else ((),)
     return ((*groups[0], *failed), *groups[1:])
+
+
+def _require_room(cache: ModelCache, groups: Groups, failed: Mapping[str, str], path: str) -> None:
+    """Groups of a run that is taken up still fit; else calls would fail for want of room and be counted as failures."""
+    for group in groups:
+        alive = [model for model in group if model not in failed]
+        if len(alive) > 1 and not cache.plan(*alive).fits:
+            raise InputError(
+                f"in this run {', '.join(alive)} were in place together, and now they do not fit; give the cache as "
+                "much room as it had, or another file to begin anew",
+                path,
+                1,
+            )
 
 
 def _promotions(

@@ -166,3 +166,13 @@ def test_other_arms_are_named_before_anything_is_loaded(tmp_path, room):
         with pytest.raises(InputError, match=r"run\.jsonl:1: this run was made with other arms"):
             compare(cache, ["a", "c"], ITEMS, run=multiply, score=output, log=log)
         assert cache.status().counters.disk_hits == 0
+
+
+def test_models_that_do_not_fit_together_any_more_are_named_and_no_arm_is_blamed(tmp_path):
+    log = tmp_path / "run.jsonl"
+    compared(log=log, room=10)
+    cut(log, 10)
+    with pytest.raises(InputError, match=r"run\.jsonl:1: in this run a, b were in place together, and now they do not"):
+        compared(log=log, room=1)
+    assert log.read_bytes().count(b"\n") == 10
+    assert [arm.num_failed for arm in compared(log=log, room=2).arms] == [0, 0]
