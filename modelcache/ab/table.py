@@ -56,11 +56,11 @@ def fine_print(result: Comparison) -> str:
 
 
 def new_table(*headings: str) -> Table:
-    """A table without lines; a leading ``>`` aligns a column to the right."""
+    """A table without lines; a leading ``>`` aligns a column to the right. Names are taken literally."""
     drawn = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
     for heading in headings:
         drawn.add_column(
-            heading.removeprefix(">").upper(), justify="right" if heading[0] == ">" else "left", overflow="fold"
+            Text(heading.removeprefix(">").upper()), justify="right" if heading[0] == ">" else "left", overflow="fold"
         )
     return drawn
 
@@ -92,10 +92,10 @@ def verdict_table(judgements: Sequence[Judgement]) -> Table:
         drawn.add_row(
             Text(one.differences.arm),
             Text(metric.name),
-            metric.change(one.mean),
-            f"{metric.change(one.interval.low)} .. {metric.change(one.interval.high)}",
+            Text(metric.change(one.mean)),
+            Text(f"{metric.change(one.interval.low)} .. {metric.change(one.interval.high)}"),
             p_words(one),
-            metric.amount(one.detectable),
+            Text(metric.amount(one.detectable)),
             f"{len(one.differences.values)} {one.differences.unit}s",
             Text(str(one.verdict), _STYLES[one.verdict]),
         )

@@ -37,6 +37,12 @@ def test_a_score_may_be_called_a_latency(tmp_path):
     assert "Item by item: first token latency" in (tmp_path / "r.html").read_text()
 
 
+def test_names_that_look_like_markup_stand_in_the_table_as_they_are():
+    table = str(compared(arms=[Arm("a", "a"), Arm("b [/x]", "b")], score=[Metric("acc[/y]", output, unit="[/z]")]))
+    assert "ACC[/Y]" in table
+    assert "b [/x] is better than a (acc[/y] +6.5 [/z]" in table
+
+
 @pytest.mark.parametrize("name", ["", " read", 1])
 def test_a_stage_has_a_name(name):
     with pytest.raises(InputError, match="a stage has a name without spaces around it, got"):
