@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from ab.stand import cache_of
 
@@ -182,3 +184,32 @@ def test_models_that_do_not_fit_together_any_more_are_named_and_no_arm_is_blamed
         compared(log=log, room=1)
     assert log.read_bytes().count(b"\n") == 10
     assert [arm.num_failed for arm in compared(log=log, room=2).arms] == [0, 0]
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+def page_of(result, tmp_path, **options):
+    result.to_html(tmp_path / "r.html", **options)
+    return (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_no_name_gets_into_the_page_as_markup(tmp_path):
+    hostile = 'm"><script>alert(1)</script>'
+    page = page_of(compared(arms=["a", Arm(hostile, "b")], score=[Metric(hostile, output)]), tmp_path)
+    assert "<script" not in page
+    assert 'aria-label="m&quot;&gt;&lt;script&gt;' in page
+
+
+def test_metrics_whose_names_differ_in_a_sign_have_ids_of_their_own(tmp_path):
+    page = page_of(compared(score=[Metric("a b", output), Metric("a-b", output), Metric("A b", output)]), tmp_path)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids)) > 100
+    assert {link[1:] for link in re.findall(r'href="(#[^"]+)"', page)} <= set(ids)
+
+
+@pytest.mark.parametrize("name", ["b $x^{$", "$b$", "5 % of $ \\frac"])
+def test_dollars_in_a_name_are_drawn_as_they_are(tmp_path, name):
+    page = page_of(compared(arms=[Arm("a", "a"), Arm(name, "b")], score=[Metric(name, output)]), tmp_path)
+    assert f"{name}: latency</text>" in page
+    assert "mathdefault" not in page
