@@ -12,7 +12,7 @@ from modelcache.ab.comparison import Comparison
 from modelcache.ab.metrics import FAILURES, Metric
 from modelcache.ab.table import fine_print, p_words
 from modelcache.ab.verdicts import Judgement, Verdict
-from modelcache.page_style import style_sheet
+from modelcache.page_style import page_colour, style_sheet
 
 #: Items shown side by side.
 _NUM_DISAGREEMENTS = 10
@@ -43,7 +43,7 @@ def write_page(path: Path, result: Comparison) -> None:
 
 def _head(result: Comparison, title: str) -> str:
     keys = "".join(
-        f'<span style="--c:var(--m{i})">{escape(arm.arm.name)} {format_bytes(arm.vram_bytes)}</span>'
+        f'<span style="--c:{page_colour(i)}">{escape(arm.arm.name)} {format_bytes(arm.vram_bytes)}</span>'
         for i, arm in enumerate(result.arms)
     )
     sentences = "".join(f"<p>{escape(one.sentence)}.</p>" for one in result.judgements if _is_primary(result, one))
@@ -146,7 +146,7 @@ def _disagreements(result: Comparison) -> str:
 def _disagreement(result: Comparison, metric: Metric, item: int) -> str:
     words = result.items[item] if item < len(result.items) else f"item {item}"
     sides = "".join(
-        f'<div style="--c:var(--m{i})"><span class="dim">{escape(arm.name)}, '
+        f'<div style="--c:{page_colour(i)}"><span class="dim">{escape(arm.name)}, '
         f"{escape(_score(result, metric, arm.name, item))}"
         f"</span><pre>{escape(result.output_of(arm.name, item))}</pre></div>"
         for i, arm in enumerate(result.plan.arms)

@@ -18,11 +18,12 @@ from modelcache.ab.comparison import Comparison
 from modelcache.ab.journal import Run
 from modelcache.ab.metrics import LATENCY, Metric
 from modelcache.ab.verdicts import Judgement
+from modelcache.page_style import LIGHT, page_colour
 
 # Colours that nothing else has; the page's own are put in their place.
 _INK, _DIM, _LINE = "#010203", "#010204", "#010205"
 _VARIABLES = {_INK: "var(--fg)", _DIM: "var(--dim)", _LINE: "var(--line)"}
-_NUM_COLOURS = 8
+_NUM_COLOURS = len(LIGHT)
 # More points than that say no more, and make the page large.
 _MOST_POINTS = 600
 _SETTINGS: Any = {
@@ -62,7 +63,7 @@ def _draw(width: float, height: float, label: str, draw: Callable[[Figure], None
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\swidth="[^"]*pt" height="[^"]*pt"', "", svg, count=1)
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
-    for colour, variable in (*_VARIABLES.items(), *((_colour(i), f"var(--m{i})") for i in range(_NUM_COLOURS))):
+    for colour, variable in (*_VARIABLES.items(), *((_colour(i), page_colour(i)) for i in range(_NUM_COLOURS))):
         svg = svg.replace(colour, variable)
     # The names that matplotlib gives are the same in each figure, and all figures are on one page.
     # A label of its own makes an id of its own: what is not a plain letter is written as its number.

@@ -213,3 +213,9 @@ def test_dollars_in_a_name_are_drawn_as_they_are(tmp_path, name):
     page = page_of(compared(arms=[Arm("a", "a"), Arm(name, "b")], score=[Metric(name, output)]), tmp_path)
     assert f"{name}: latency</text>" in page
     assert "mathdefault" not in page
+
+
+def test_more_arms_than_colours_have_each_a_colour_that_is_defined(tmp_path):
+    page = page_of(compared(arms=["a", *(Arm(f"b{i}", "b") for i in range(9))], items=ITEMS[:4]), tmp_path)
+    defined = set(re.findall(r"(--m\d+):", page))
+    assert set(re.findall(r"var\((--m\d+)\)", page)) == defined
