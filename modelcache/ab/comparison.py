@@ -16,6 +16,9 @@ from modelcache.ab.journal import Arrival, Entry, Plan, Run, read_journal, runs_
 from modelcache.ab.metrics import FAILURES, LATENCY, Metric
 from modelcache.ab.verdicts import Differences, Judgement, Verdict, judge
 
+# More errors than that say no more, and make a page large.
+_MOST_ERRORS = 20
+
 
 @dataclass(frozen=True, slots=True)
 class ArmSummary:
@@ -134,12 +137,18 @@ class Comparison:
 
     @property
     def error_lines(self) -> list[str]:
-        """What went wrong, each error of each arm once, with how often."""
+        """What went wrong, each error of each arm once, with how often; of many the first."""
         counts: dict[tuple[str, str], int] = {}
         for run in self.runs:
             if run.error:
                 counts[run.arm, run.error] = counts.get((run.arm, run.error), 0) + 1
-        return [f"{arm} failed {count} time(s): {error}" for (arm, error), count in counts.items()]
+        lines = [f"{arm} failed {count} time(s): {error}" for (arm, error), count in counts.items()]
+        left_out = len(lines) - _MOST_ERRORS
+        return (
+            lines
+            if left_out <= 0
+            else [*lines[:_MOST_ERRORS], f"... and {left_out} other errors; the JSON has them all"]
+        )
 
     def value(self, metric: Metric, arm: str, item: int) -> float | None:
         """The figure of an arm for an item: the mean of its repeats.

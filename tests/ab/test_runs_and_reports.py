@@ -219,3 +219,15 @@ def test_more_arms_than_colours_have_each_a_colour_that_is_defined(tmp_path):
     page = page_of(compared(arms=["a", *(Arm(f"b{i}", "b") for i in range(9))], items=ITEMS[:4]), tmp_path)
     defined = set(re.findall(r"(--m\d+):", page))
     assert set(re.findall(r"var\((--m\d+)\)", page)) == defined
+
+
+def test_errors_that_all_differ_are_shown_up_to_twenty(tmp_path):
+    def run(model, item):
+        if model.number == 1.0:
+            raise RuntimeError(f"cannot answer {item}: " + "y" * 300)
+        return model(item)
+
+    result = compared(items=[float(i) for i in range(400)], run=run, score=())
+    assert len(result.error_lines) == 21
+    assert result.error_lines[-1] == "... and 380 other errors; the JSON has them all"
+    assert page_of(result, tmp_path).count("cannot answer") == 20
