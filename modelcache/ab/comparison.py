@@ -28,7 +28,7 @@ class ArmSummary:
         arm: The arm.
         num_calls: Counted calls; `num_failed` of them failed.
         means: Of each metric over the items it did not fail on; for times the median.
-        cold_s: The time of its first arrival, `None` if it was in place.
+        cold_s: The time of its first load, `None` if RAM or VRAM had it before the run.
         switch_s: Of each later arrival.
         vram_bytes: What it holds on the top tier.
     """
@@ -224,7 +224,7 @@ class Comparison:
             values = [v for item in answered if (v := self.value(metric, arm.name, item)) is not None]
             if values:
                 means[metric.name] = median(values) if metric in self.plan.times else fmean(values)
-        cold = [a.seconds for a in arrivals if a.block < 0 and a.found != "vram"]
+        cold = [a.seconds for a in arrivals if a.block < 0 and a.found == "disk"]
         return ArmSummary(
             arm,
             len(runs),
@@ -248,7 +248,8 @@ class Comparison:
         """How it ended, in words."""
         if self.num_items >= min(self.plan.num_items, self.plan.max_items or self.plan.num_items):
             return f"all {self.num_items} items"
-        why = "when the primary metrics were decided" if self.is_settled else "when its time was up, or it was stopped"
+        is_decided = self.plan.stops_early and self.is_settled
+        why = "when the primary metrics were decided" if is_decided else "when its time was up, or it was stopped"
         return f"{self.num_items} of {self.plan.num_items} items: it ended {why}"
 
     def to_json(self, path: str | PathLike[str] | None = None) -> str:

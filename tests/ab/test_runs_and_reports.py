@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from ab.stand import cache_of
+from ab.stand import Time, cache_of
 
 from modelcache.ab import Arm, InputError, Metric, compare
 
@@ -231,3 +231,32 @@ def test_errors_that_all_differ_are_shown_up_to_twenty(tmp_path):
     assert len(result.error_lines) == 21
     assert result.error_lines[-1] == "... and 380 other errors; the JSON has them all"
     assert page_of(result, tmp_path).count("cannot answer") == 20
+
+
+# --- what is said of a run ----------------------------------------------------------------------------------------
+
+
+def test_a_run_that_waits_for_no_decision_does_not_say_that_one_ended_it():
+    time = Time()
+
+    def run(model, item):
+        time.pass_by(1.0)
+        return model(item)
+
+    options = {"items": ITEMS * 5, "run": run, "max_seconds": 40, "clock": time}
+    result = compared(**options)
+    assert result.num_items < 60
+    assert result.ends.endswith("it ended when its time was up, or it was stopped")
+    assert compared(**options, stop_early=True).ends.endswith("it ended when the primary metrics were decided")
+
+
+def test_a_model_that_was_in_ram_before_the_run_had_no_first_load():
+    with cache_of({"a": 1.0, "b": 2.0}, room=1) as cache:
+        with cache.get("a"):
+            pass
+        with cache.get("b"):
+            pass
+        cache.park("b")
+        result = compare(cache, ["a", "b"], ITEMS, run=multiply)
+    assert [arrival.found for arrival in result.arrivals if arrival.block < 0] == ["ram", "ram"]
+    assert [arm.cold_s for arm in result.arms] == [None, None]
