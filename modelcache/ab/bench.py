@@ -168,7 +168,7 @@ class Bench:
         facts: dict[str, Any] = {"start_s": start_s, "is_warm_up": is_warm_up}
         seconds: dict[str, float] = {}
         if arm.model in failed:
-            facts["error"] = f"{arm.model} did not come up: {failed[arm.model]}"
+            facts["error"] = f"did not come up: {failed[arm.model]}"
         else:
             try:
                 item = self.items.values[call.item]

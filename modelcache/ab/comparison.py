@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from statistics import fmean, median
+from string import ascii_uppercase
 
 from modelcache import format_seconds
 from modelcache.ab.arms import Arm
@@ -243,7 +246,7 @@ class Comparison:
         waited = sum(a.seconds for a in self.arrivals if a.block >= 0)
         return f"{loads}; {switches}, {format_seconds(waited)} of {format_seconds(self.elapsed_s)}"
 
-    @property
+    @cached_property
     def ends(self) -> str:
         """How it ended, in words."""
         if self.num_items >= min(self.plan.num_items, self.plan.max_items or self.plan.num_items):
@@ -275,33 +278,48 @@ class Comparison:
 
         Args:
             path: The file.
-            blind: Call the arms A, B, ... and keep their names out of the file.
+            blind: Call the arms A, B, ... and keep their names out of the file, as `blinded` does.
         """
         from modelcache.ab.page import write_page
 
         write_page(Path(path), self.blinded() if blind else self)
 
     def blinded(self) -> Comparison:
-        """The same with the arms called A, B, ..., by lot."""
-        import random
+        """The same with the arms called A, B, ..., by lot, and compared with A, whichever arm that is.
 
-        names = [arm.name for arm in self.plan.arms]
-        letters = [chr(ord("A") + i) for i in range(len(names))]
-        random.Random(self.plan.seed).shuffle(letters)
-        alias = dict(zip(names, letters, strict=True))
-        models = {arm.model: f"model of {alias[arm.name]}" for arm in reversed(self.plan.arms)}
+        Of an error only its kind is left, since what it says may name the model. Where an output says the name of an
+        arm or a model as a word, ``[name]`` stands instead. Times and memory are left as they are, and may tell.
+        """
+        # The same lot for the table, the page and the JSON of a run; another one for another run.
+        lot = random.Random(f"{self.plan.seed} {self.entries[:1]}")
+        drawn = lot.sample(self.plan.arms, len(self.plan.arms))
+        alias = {arm.name: _letter(place) for place, arm in enumerate(drawn)}
+        models = {arm.model: f"model of {alias[arm.name]}" for arm in reversed(drawn)}
         plan = replace(
             self.plan,
-            arms=tuple(Arm(alias[arm.name], models[arm.model]) for arm in self.plan.arms),
+            arms=tuple(Arm(alias[arm.name], models[arm.model]) for arm in drawn),
             groups=tuple(tuple(models[model] for model in group) for group in self.plan.groups),
         )
-        entries: list[Entry] = [
-            replace(e, arm=alias[e.arm]) if isinstance(e, Run) else replace(e, model=models[e.model])
-            for e in self.entries
-        ]
-        return Comparison(plan, entries, self.items)
+        longest_first = sorted({*alias, *models}, key=len, reverse=True)
+        names = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, longest_first))})(?!\w)")
+
+        def without_names(entry: Entry) -> Entry:
+            if isinstance(entry, Arrival):
+                return replace(entry, model=models[entry.model])
+            error, output = (names.sub("[name]", text) for text in (entry.error.partition(":")[0], entry.output))
+            return replace(entry, arm=alias[entry.arm], error=error, output=output)
+
+        blind = Comparison(plan, map(without_names, self.entries), self.items)
+        # Why a run ended was decided about its own baseline.
+        blind.ends = self.ends
+        return blind
 
     def __str__(self) -> str:
         from modelcache.ab.table import as_text
 
         return as_text(self)
+
+
+def _letter(place: int) -> str:
+    """A, B, ... Z, A1, B1, ..."""
+    return f"{ascii_uppercase[place % 26]}{place // 26 or ''}"

@@ -48,7 +48,8 @@ def _head(result: Comparison, title: str) -> str:
     )
     sentences = "".join(f"<p>{escape(one.sentence)}.</p>" for one in result.judgements if _is_primary(result, one))
     return (
-        f'<h1>{escape(title)}</h1><p class="dim">{escape(result.ends)}; the first arm is the baseline</p>'
+        f'<h1>{escape(title)}</h1><p class="dim">{escape(result.ends)}; the others are compared with '
+        f"{escape(result.plan.arms[0].name)}</p>"
         f'<div class="key">{keys}</div>{sentences}'
     )
 
@@ -100,7 +101,7 @@ def _plots(result: Comparison) -> Sequence[str]:
     margin = "; dotted, the margin" if any(one.differences.metric.margin for one in result.judgements) else ""
     drawn = [
         _section(
-            "Differences from the baseline",
+            f"Differences from {result.plan.arms[0].name}",
             plots.forest(result),
             f"Mean and interval; the line is no difference{margin}. Each row has its own scale.",
         ),

@@ -163,6 +163,36 @@ def test_a_comparison_is_run_from_a_configuration(folder):
     assert not re.search(r"\b(one|two)\b", blind.stdout)
 
 
+def test_a_blind_run_says_no_name_in_what_it_writes_or_on_the_way(folder):
+    for options in ([], ["--json"]):
+        told = call("run", "m.yaml", "--blind", "--html", "new/r.html", *options)
+        assert told.exit_code == 0, told.output
+        assert "product" in told.stdout
+        for text in (told.stdout, told.stderr, (folder / "new" / "r.html").read_text()):
+            assert not re.search(r"\b(one|two)\b", text.replace("two-sided", ""))
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_runs(folder):
+    (folder / "file").write_text("")
+    (folder / "there").mkdir()
+    for path, words in (("file/r.html", "the report cannot be written there"), ("there", "this is a folder")):
+        told = call("run", "m.yaml", "--html", path)
+        assert told.exit_code == 2
+        assert words in told.stderr
+        assert not (folder / "run.jsonl").exists()
+
+
+def test_the_table_is_there_when_the_report_cannot_be_written_in_the_end(folder, monkeypatch):
+    def fail(*args, **options):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Comparison, "to_html", fail)
+    told = call("run", "m.yaml", "--html", "r.html")
+    assert told.exit_code == 1
+    assert "two is better than one" in told.stdout
+    assert "r.html: the report could not be written (no space left on device)" in told.stderr
+
+
 def test_who_gets_which_arm_is_said(folder):
     told = call("assign", "size", "alice", "bob", "--config", "m.yaml")
     assert told.exit_code == 0

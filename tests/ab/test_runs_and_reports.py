@@ -260,3 +260,61 @@ def test_a_model_that_was_in_ram_before_the_run_had_no_first_load():
         result = compare(cache, ["a", "b"], ITEMS, run=multiply)
     assert [arrival.found for arrival in result.arrivals if arrival.block < 0] == ["ram", "ram"]
     assert [arm.cold_s for arm in result.arms] == [None, None]
+
+
+# --- blind --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def secret():
+    """Of four arms one answers with its name, one fails in words that name it, and one does not come up."""
+
+    def broken():
+        raise OSError("/models/secret-d has no weights")
+
+    def run(model, item):
+        if model.number == 3.0:
+            raise RuntimeError("CUDA error in SecretNet")
+        return {"from": "secret-b", "number": model(item)}
+
+    with cache_of({"secret-a": 1.0, "secret-b": 2.0, "secret-c": 3.0}, room=2) as cache:
+        cache.register("secret-d", broken)
+        arms = ["secret-a", Arm("secret arm", "secret-b", {}), "secret-c", "secret-d"]
+        return compare(cache, arms, ITEMS, run=run, score=[Metric("number", lambda o, i: o["number"])])
+
+
+def test_nothing_blind_holds_a_name(secret, tmp_path):
+    blind = secret.blinded()
+    for text in (str(blind), blind.to_json(), page_of(secret, tmp_path, blind=True)):
+        assert not re.search("secret", text, re.IGNORECASE)
+        assert "weights" not in text
+    assert "{'from': '[name]', 'number'" in blind.to_json()
+    assert "failed 12 time(s): did not come up" in str(blind)
+    assert "failed 12 time(s): RuntimeError\n" in str(blind)
+
+
+def test_a_blind_comparison_is_with_whichever_arm_is_called_a(secret):
+    blind = secret.blinded()
+    assert [arm.name for arm in blind.plan.arms] == ["A", "B", "C", "D"]
+    assert {one.differences.base for one in blind.judgements} == {"A"}
+    assert str(secret.blinded()) == str(blind)
+    assert blind.ends == secret.ends
+    assert blind.num_switches == secret.num_switches
+
+
+def test_the_place_of_the_baseline_is_drawn_by_lot_for_each_run():
+    firsts = set()
+    for seed in range(12):
+        result = compared(seed=seed, clock=lambda: 1.0)
+        (found,) = (one for one in result.blinded().judgements if one.differences.metric.name == "output")
+        firsts.add(str(found.verdict))
+    assert firsts == {"better", "worse"}
+
+
+def test_more_arms_than_letters_have_names_of_their_own():
+    names = [
+        arm.name
+        for arm in compared(arms=["a", *(Arm(f"b{i}", "b") for i in range(29))], items=ITEMS[:2]).blinded().plan.arms
+    ]
+    assert len(set(names)) == 30
+    assert names[25:28] == ["Z", "A1", "B1"]
