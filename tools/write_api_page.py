@@ -51,7 +51,7 @@ _GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "modelcache.ab",
         (
             *("compare", "Arm", "Metric", "Comparison", "Judgement", "Verdict", "Experiment", "Assignment", "Serving"),
-            *("Layer", "Split", "analyse", "Analysis", "InputError"),
+            *("Layer", "Split", "analyse", "Analysis", "InputError", "smallest_detectable"),
         ),
     ),
     (

@@ -116,12 +116,11 @@ def compare(
     groups = _groups(cache, bench.models, failed) if before is None else before.plan.groups
     if before is not None:
         _require_room(cache, groups, failed, str(path))
-    num_used = min(len(things.values), max_items or len(things.values))
     schedule = make_schedule(
         len(things.values),
         [arm.model for arm in given],
         groups,
-        num_used=num_used,
+        num_used=plan.num_used,
         repeats=repeats,
         seed=seed,
         num_pairs=num_pairs,
@@ -129,7 +128,7 @@ def compare(
     )
     least_switches = schedule.least_switches if before is None else before.plan.least_switches
     plan = replace(plan, groups=groups, least_switches=least_switches)
-    on_progress(str(schedule))
+    on_progress(f"{schedule}\n{plan.reach}")
     with closing(Journal(plan, path)) as journal:
         for entry in waiting:
             journal.add(entry)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from math import isfinite
 from os import PathLike
 from pathlib import Path
 from statistics import fmean, median
@@ -249,7 +250,7 @@ class Comparison:
     @cached_property
     def ends(self) -> str:
         """How it ended, in words."""
-        if self.num_items >= min(self.plan.num_items, self.plan.max_items or self.plan.num_items):
+        if self.num_items >= self.plan.num_used:
             return f"all {self.num_items} items"
         is_decided = self.plan.stops_early and self.is_settled
         why = "when the primary metrics were decided" if is_decided else "when its time was up, or it was stopped"
@@ -261,6 +262,7 @@ class Comparison:
             {
                 "format": "modelcache-ab-result",
                 "plan": self.plan.as_json(),
+                "detectable_deviations": self.plan.detectable if isfinite(self.plan.detectable) else None,
                 "items": list(self.items),
                 "entries": [{type(e).__name__.lower(): asdict(e)} for e in self.entries],
                 "judgements": [one.as_json() for one in self.judgements],

@@ -14,6 +14,7 @@ from modelcache import __version__
 from modelcache.ab.arms import Arm
 from modelcache.ab.inputs import InputError, json_lines
 from modelcache.ab.metrics import FAILURES, LATENCY, Metric
+from modelcache.ab.statistics import smallest_detectable
 
 FORMAT = "modelcache-ab-run"
 
@@ -51,6 +52,27 @@ class Plan:
     level: float
     least_switches: int
     version: str = __version__
+
+    @property
+    def num_used(self) -> int:
+        """Items that the run was to have."""
+        return min(self.num_items, self.max_items or self.num_items)
+
+    @property
+    def detectable(self) -> float:
+        """What so many items show, known before the run: in standard deviations of the differences by item.
+
+        At `level` four times of five, by `smallest_detectable`: at the end, and before anything is corrected.
+        """
+        return smallest_detectable(self.num_used, level=self.level)
+
+    @property
+    def reach(self) -> str:
+        """The same in words."""
+        return (
+            f"Four times of five, {self.num_used} items show a difference of {self.detectable:.2g} standard deviations "
+            "of the differences by item"
+        )
 
     @property
     def scores(self) -> tuple[Metric, ...]:

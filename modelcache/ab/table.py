@@ -52,7 +52,7 @@ def fine_print(result: Comparison) -> str:
             " Arms that do not fit together ran in turns: their times are compared by pairs of blocks, and what ran "
             "beside them differs."
         )
-    return f"{result.residency}. {how} Intervals are {level}; seed {result.plan.seed}."
+    return f"{result.residency}. {result.plan.reach}. {how} Intervals are {level}; seed {result.plan.seed}."
 
 
 def new_table(*headings: str) -> Table:

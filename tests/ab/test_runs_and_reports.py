@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 from ab.stand import Time, cache_of
 
-from modelcache.ab import Arm, InputError, Metric, compare
+from modelcache.ab import Arm, InputError, Metric, compare, smallest_detectable
 
 ITEMS = [float(i) for i in range(1, 13)]
 
@@ -318,3 +319,15 @@ def test_more_arms_than_letters_have_names_of_their_own():
     ]
     assert len(set(names)) == 30
     assert names[25:28] == ["Z", "A1", "B1"]
+
+
+def test_what_a_run_can_show_is_said_before_it_and_stands_in_the_table_and_in_the_json():
+    said = []
+    result = compared(items=ITEMS * 10, max_items=64, level=0.01, on_progress=said.append)
+    deviations = smallest_detectable(64, level=0.01)
+    assert 0.4 < deviations < 0.5
+    words = f"Four times of five, 64 items show a difference of {deviations:.2g} standard deviations"
+    assert words in said[0]
+    assert words in " ".join(str(result).split())
+    assert json.loads(result.to_json())["detectable_deviations"] == deviations
+    assert json.loads(compared(max_items=1).to_json())["detectable_deviations"] is None
