@@ -23,6 +23,7 @@ from modelcache.config.fields import (
     Text,
     frozen,
     no_null,
+    no_null_list,
     words_json,
 )
 
@@ -67,10 +68,18 @@ class CompareSettings(Section):
     latency_margin: Fraction | None = Field(
         default=None, description='How much slower is acceptable, such as "5%". Default: nothing is called no slower.'
     )
+    level: Fraction = Field(
+        default=0.05, description='The chance of a wrong verdict where arms are the same, over all. Default "5%".'
+    )
+    primary: Annotated[tuple[Text, ...], BeforeValidator(no_null_list)] = Field(
+        default=(),
+        description="Metrics that decide when enough is known. Default: the scores, or the time where there are none.",
+    )
+    warm_up: Seed = Field(default=2, description="Calls after each arrival of a model that do not count. Default 2.")
     stop_early: Flag = Field(
         default=False,
         description=(
-            "End as soon as every score is decided; intervals are then wider, and hold at any time. Default false."
+            "End once every primary metric is decided; intervals are then wider, and hold at any time. Default false."
         ),
     )
     max_items: Count | None = Field(default=None, description="Use so many items, drawn by lot. Default: all.")

@@ -11,6 +11,7 @@ from ab.stand import cache_of
 from typer.testing import CliRunner
 
 from modelcache.ab import Comparison, compare
+from modelcache.ab.journal import Run
 from modelcache.cli.app import app
 
 ITEMS = [float(i) for i in range(1, 31)]
@@ -163,6 +164,19 @@ def test_a_comparison_is_run_from_a_configuration(folder):
     assert not re.search(r"\b(one|two)\b", blind.stdout)
 
 
+def test_what_decides_and_how_surely_is_stated_in_the_configuration(folder):
+    (folder / "m.yaml").write_text(
+        CONFIG.replace(
+            "    log: run.jsonl", "    log: run.jsonl\n    level: 1%\n    primary: [latency]\n    warm_up: 0"
+        )
+    )
+    assert call("run", "m.yaml").exit_code == 0
+    found = Comparison.from_log(folder / "run.jsonl")
+    assert (found.plan.level, found.plan.primary) == (0.01, ("latency",))
+    assert not any(run.is_warm_up for run in found.entries if isinstance(run, Run))
+    assert "Intervals are 99 %" in " ".join(str(found).split())
+
+
 def test_a_blind_run_says_no_name_in_what_it_writes_or_on_the_way(folder):
     for options in ([], ["--json"]):
         told = call("run", "m.yaml", "--blind", "--html", "new/r.html", *options)
@@ -231,6 +245,7 @@ def test_an_exposure_log_is_read(folder):
     [
         (("ab_functions:run", "ab_functions:walk"), "'ab_functions:walk' cannot be had"),
         (("ab_functions:run", "nowhere:run"), "'nowhere:run' cannot be had (No module named 'nowhere')"),
+        (("    log: run.jsonl", "    primary: [profit]"), "primary: no metric is called 'profit'; there are 'product'"),
         (("items.jsonl", "absent.jsonl"), "absent.jsonl: there is no such file of items"),
     ],
 )
