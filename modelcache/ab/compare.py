@@ -189,6 +189,8 @@ def _metrics(
     for metric in scores:
         if not isinstance(metric, Metric) or not callable(metric.measure):
             raise InputError(f"score is a callable, or a list of Metric(name, callable), got {metric!r}")
+        if not isinstance(metric.name, str) or not metric.name.strip():
+            raise InputError(f"score: a metric has a name, got {metric.name!r}")
     parts = [latency(name) for name in stages] if len(stages) > 1 else []
     metrics = [*scores, latency(margin=margin), *parts, failures()]
     names = [metric.name for metric in metrics]

@@ -206,7 +206,8 @@ class Comparison:
 
     def _difference(self, metric: Metric, arm: str, base: str, item: int) -> float | None:
         mine, its = self.value(metric, arm, item), self.value(metric, base, item)
-        if mine is None or its is None:
+        nothing_scored = metric in self.plan.scores and metric.name not in self._seen
+        if mine is None or its is None or nothing_scored:
             return None
         return metric.on_scale(mine) - metric.on_scale(its)
 

@@ -81,6 +81,16 @@ def test_a_clock_that_does_not_move_tells_no_arms_apart():
     assert set(latency.differences.values) == {0.0}
 
 
+@pytest.mark.parametrize("scale", ["ratio", "difference"])
+def test_where_every_call_failed_there_is_no_score_to_compare(scale, tmp_path):
+    def run(model, item):
+        raise RuntimeError("no answer")
+
+    result = compared(run=run, score=[Metric("cost", output, scale=scale)])
+    assert "b and a have no item in common by which to compare cost" in str(result)
+    assert "failed" in page_of(result, tmp_path)
+
+
 def test_an_input_error_of_the_users_own_code_is_a_failure_of_the_arm():
     def run(model, item):
         if model.number == 2.0:
@@ -131,6 +141,8 @@ def test_half_a_character_in_an_output_ends_no_report(tmp_path):
         ({"arms": ["a", 2]}, "an arm is the name of a registered model, or an Arm, got 2"),
         ({"score": None}, "score is a callable, or a list of Metric(name, callable), got None"),
         ({"score": [Metric("m", 3)]}, "score is a callable, or a list of Metric(name, callable), got Metric("),
+        ({"score": [Metric("", output)]}, "score: a metric has a name, got ''"),
+        ({"score": [Metric(3, output)]}, "score: a metric has a name, got 3"),
         ({"primary": "output"}, "primary is a list of names, got the string 'output'; write ['output']"),
         ({"latency_margin": "5%"}, "a margin is a positive number, got '5%'"),
     ],
