@@ -25,6 +25,8 @@ _BATCH_NUMBERS = 4_000_000
 # The sequence is tightest at about this many differences, and close to it from a tenth to ten times as many.
 _TUNED_FOR = 64
 _MIXTURE = _TUNED_FOR / 8.8
+# The planned shares count as much as so many units in the prior of a fault: all of 20 units in one arm of two is one.
+_SHARE_WEIGHT = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,12 +176,21 @@ def smallest_detectable(count: int, spread: float = 1.0, *, power: float = 0.8, 
 
 
 def share_p(counts: Sequence[int], weights: Sequence[float]) -> float:
-    """The p-value of "units were given out by these weights": chi-square of the counts."""
-    total = sum(counts)
-    if not total or len(counts) < 2:
-        return 1.0
-    expected = [total * weight / sum(weights) for weight in weights]
-    return float(stats.chisquare(counts, expected).pvalue)
+    """The p-value of "units were given out by these weights", which may be looked at after each unit.
+
+    One over the evidence of a Dirichlet prior about the weights against the weights themselves, which exceeds 1/a at
+    any time with a chance of at most a, for few units too (Lindon and Malek 2022). If weights were changed, give the
+    sums of what each unit met: then counts spread less than by one set of weights.
+    """
+    total = sum(weights)
+    shares = [(count, weight / total) for count, weight in zip(counts, weights, strict=True) if count or weight]
+    if any(not share for _, share in shares):
+        return 0.0
+    evidence = math.lgamma(_SHARE_WEIGHT) - math.lgamma(_SHARE_WEIGHT + sum(count for count, _ in shares))
+    for count, share in shares:
+        prior = _SHARE_WEIGHT * share
+        evidence += math.lgamma(prior + count) - math.lgamma(prior) - count * math.log(share)
+    return math.exp(min(0.0, -evidence))
 
 
 def _as_floats(values: Sequence[float] | Floats) -> Floats:

@@ -175,7 +175,7 @@ def test_identical_arms_are_told_apart_in_at_most_18_of_200_logs(log):
 
 
 def test_an_arm_that_loses_units_sets_off_the_alarm(log):
-    filled(log, count=2_000, loses=0.2)
+    filled(log, count=3_000, loses=0.2)
     (found,) = analyse(log)
     assert found.share_p < 0.001
     assert "units are not shared out by the weights" in found.alarm
