@@ -199,6 +199,11 @@ class Bench:
                     f"{self.items.place(call.item)}: {metric.name!r} of arm {arm.name!r} is {score}, but a score is a "
                     "finite number; raise an error for an output that cannot be scored, and it counts as a failure"
                 )
+            if metric.bounds is not None and not metric.bounds[0] <= score <= metric.bounds[1]:
+                raise InputError(
+                    f"{self.items.place(call.item)}: {metric.name!r} of arm {arm.name!r} is {score}, outside of its "
+                    f"bounds {metric.bounds}; state those that hold for every output"
+                )
             scores[metric.name] = score
         return scores
 

@@ -159,6 +159,12 @@ class Comparison:
         seen = self._seen.get(metric.name, [])
         return (min(seen) if metric.better == "higher" else max(seen)) if seen else 0.0
 
+    def _bounded(self, metric: Metric) -> Metric:
+        """The same, with the bounds that scores of right and wrong have."""
+        are_shares = metric.bounds is None and metric.scale == "difference"
+        seen = self._seen.get(metric.name, ()) if are_shares else ()
+        return replace(metric, bounds=(0.0, 1.0)) if seen and set(seen) <= {0.0, 1.0} else metric
+
     @cached_property
     def _seen(self) -> dict[str, list[float]]:
         seen: dict[str, list[float]] = {}
@@ -175,7 +181,7 @@ class Comparison:
             if metric.name == FAILURES and not has_failed:
                 continue
             for arm in others:
-                yield self._differences(metric, arm, base)
+                yield self._differences(self._bounded(metric), arm, base)
 
     def _differences(self, metric: Metric, arm: Arm, base: Arm) -> Differences:
         by_item = {item: self._difference(metric, arm.name, base.name, item) for item in self._complete}

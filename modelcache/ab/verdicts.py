@@ -10,8 +10,10 @@ from enum import StrEnum
 from modelcache.ab.metrics import Metric
 from modelcache.ab.statistics import (
     Interval,
+    can_bound_mean,
     holm,
     mean_interval,
+    mean_margin_p,
     sequence_interval,
     sequence_margin_p,
     sequence_p,
@@ -61,9 +63,10 @@ class Judgement:
         mean: Of the differences, in the metric's unit; for a ratio a relative change (0.03 is 3 % more).
         interval: Of it, for this comparison alone.
         p: Of "no difference", for this comparison alone; `adjusted_p` is corrected for all comparisons (Holm).
-        margin_p: Of "worse by the margin or more", corrected likewise; `None` where no margin was stated.
+        margin_p: Of "worse by the margin or more, in the mean", corrected likewise; `None` where no margin was stated.
         detectable: The difference that so many units show four times out of five.
         peeked: The figures hold however often they were looked at; if not, only at the number of items fixed before.
+        reason: Why a verdict cannot be given, where more than the numbers stands against it; empty otherwise.
     """
 
     differences: Differences
@@ -75,6 +78,7 @@ class Judgement:
     detectable: float
     peeked: bool
     verdict: Verdict
+    reason: str = ""
 
     @property
     def sentence(self) -> str:
@@ -86,7 +90,8 @@ class Judgement:
         figures = f"{metric.name} {metric.change(self.mean)}, {_percent(self.interval.confidence)} interval "
         figures += f"{metric.change(self.interval.low)} to {metric.change(self.interval.high)}"
         if self.verdict is Verdict.CANNOT_TELL:
-            return f"{arm} and {base} cannot be told apart on {count} ({figures})"
+            because = f": {self.reason}" if self.reason else ""
+            return f"{arm} and {base} cannot be told apart on {count} ({figures}){because}"
         if self.verdict is Verdict.NO_WORSE:
             assert metric.margin is not None
             return f"{arm} is no worse than {base} by {metric.amount(metric.margin)} ({figures}, {count})"
@@ -106,10 +111,12 @@ class Judgement:
             "p": self.p,
             "adjusted_p": self.adjusted_p,
             "margin": self.differences.metric.margin,
+            "reach": _finite(self.differences.metric.reach),
             "margin_p": self.margin_p,
             "detectable": _finite(self.detectable),
             "holds_when_peeked_at": self.peeked,
             "verdict": str(self.verdict),
+            "reason": self.reason,
             "sentence": self.sentence,
         }
 
@@ -141,9 +148,9 @@ def _judgement(
 ) -> Judgement:
     values, metric = one.values, one.metric
     interval = (
-        sequence_interval(values, confidence=1 - level)
+        sequence_interval(values, reach=metric.reach, confidence=1 - level)
         if peeked
-        else mean_interval(values, confidence=1 - level, seed=seed)
+        else mean_interval(values, reach=metric.reach, confidence=1 - level, seed=seed)
     )
     mean = math.fsum(values) / len(values) if values else math.nan
     if adjusted_p <= level and metric.sign * mean > 0:
@@ -154,6 +161,9 @@ def _judgement(
         verdict = Verdict.WORSE
     else:
         verdict = Verdict.CANNOT_TELL
+    reason = ""
+    if verdict is Verdict.CANNOT_TELL and margin_p is not None:
+        reason = _missing_range(one, peeked=peeked)
     spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else math.nan
     return Judgement(
         one,
@@ -165,6 +175,7 @@ def _judgement(
         metric.relative(smallest_detectable(len(values), spread, level=level)),
         peeked,
         verdict,
+        reason,
     )
 
 
@@ -173,10 +184,18 @@ def _p(values: Sequence[float], *, peeked: bool, seed: int) -> float:
 
 
 def _margin_p(one: Differences, *, peeked: bool, seed: int) -> float:
-    margin = one.metric.margin_on_scale
+    margin, reach = one.metric.margin_on_scale, one.metric.reach
     if peeked:
-        return sequence_margin_p(one.goodness, margin)
-    return sign_flip_p([value + margin for value in one.goodness], alternative="greater", seed=seed)
+        return sequence_margin_p(one.goodness, margin, reach=reach)
+    return mean_margin_p(one.goodness, margin, reach=reach, seed=seed)
+
+
+def _missing_range(one: Differences, *, peeked: bool) -> str:
+    """What it takes to rule out a loss by the margin, where the numbers cannot do it."""
+    if can_bound_mean(one.values, reach=one.metric.reach, peeked=peeked):
+        return ""
+    why, other = ("a run is looked at", ", or run a fixed number of items") if peeked else ("so few units differ", "")
+    return f"where {why}, a loss by the margin is ruled out only within a range; state Metric(bounds=...){other}"
 
 
 def _finite(number: float) -> float | None:

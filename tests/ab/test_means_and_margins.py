@@ -2,10 +2,190 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
+from ab.stand import cache_of
+from scipy import stats
 
-from modelcache.ab.statistics import share_p
+from modelcache.ab import InputError, Metric, Verdict, compare
+from modelcache.ab.statistics import (
+    mean_evidence,
+    mean_interval,
+    mean_margin_p,
+    sequence_interval,
+    sequence_margin_p,
+    share_p,
+)
+from modelcache.ab.verdicts import Differences, judge
+
+ITEMS = [float(i) for i in range(1, 13)]
+ACCURACY = Metric("accuracy", margin=0.05, bounds=(0.0, 1.0))
+
+
+def losses(seed, count, share):
+    """What a candidate that fails `share` of the items that the baseline gets right shows."""
+    return -1.0 * (np.random.default_rng(seed).random(count) < share)
+
+
+def verdict_of(values, metric, *, peeked=False, seed=0):
+    (one,) = judge([Differences(metric, "b", "a", "item", tuple(map(float, values)))], peeked=peeked, seed=seed)
+    return one
+
+
+# --- margins ------------------------------------------------------------------------------------------------------
+
+
+def test_an_arm_that_loses_twice_the_margin_is_seldom_called_no_worse_when_looked_at_after_each_item():
+    wrong = 0
+    for seed in range(200):
+        values = losses(seed, 100, 0.10)
+        wrong += any(sequence_margin_p(values[:count], 0.05, reach=1.0) <= 0.05 for count in range(2, 101))
+    assert wrong <= 18
+
+
+@pytest.mark.parametrize("count", [20, 60, 100])
+@pytest.mark.parametrize("loss", ["rare", "in both directions", "beside noise"])
+def test_an_arm_that_loses_the_margin_is_called_no_worse_in_at_most_18_of_200_runs(count, loss):
+    wrong = 0
+    for seed in range(200):
+        draw = np.random.default_rng(seed)
+        values = {
+            "rare": lambda draw=draw: -1.0 * (draw.random(count) < 0.05),
+            "in both directions": lambda draw=draw: draw.choice([-1.0, 0.0, 1.0], count, p=[0.15, 0.75, 0.10]),
+            "beside noise": lambda draw=draw: draw.uniform(-0.02, 0.02, count) - (draw.random(count) < 0.05) * 0.98,
+        }[loss]()
+        margin = 0.049 if loss == "beside noise" else 0.05
+        wrong += mean_margin_p(values, margin, reach=1.0, seed=seed, resamples=499) <= 0.05
+    assert wrong <= 18
+
+
+@pytest.mark.parametrize(("num_lost", "count"), [(0, 59), (1, 80), (3, 100)])
+def test_the_margin_of_right_and_wrong_is_tested_as_by_the_binomial_distribution(num_lost, count):
+    values = np.zeros(count)
+    values[:num_lost] = -1.0
+    exact = stats.binomtest(num_lost, count, 0.05, alternative="less").pvalue
+    assert mean_margin_p(values, 0.05, reach=1.0) == pytest.approx(exact, rel=0.2)
+
+
+def test_so_many_items_without_a_loss_show_that_an_arm_is_no_worse():
+    for count, fixed, peeked in ((40, "cannot", "cannot"), (70, "no worse", "cannot"), (110, "no worse", "no worse")):
+        assert str(verdict_of(np.zeros(count), ACCURACY).verdict).startswith(fixed)
+        assert str(verdict_of(np.zeros(count), ACCURACY, peeked=True).verdict).startswith(peeked)
+
+
+@pytest.mark.parametrize("count", [10, 30])
+def test_without_a_range_a_skewed_loss_of_the_margin_is_seldom_called_no_worse(count):
+    wrong = 0
+    for seed in range(200):
+        values = -np.random.default_rng(seed).exponential(1.0, count)
+        wrong += mean_margin_p(values, 1.0, seed=seed, resamples=499) <= 0.05
+    assert wrong <= 18
+
+
+def test_without_a_range_no_worse_is_not_said_of_a_run_that_is_looked_at_and_the_fix_is_named():
+    values = np.random.default_rng(0).normal(0.0, 0.01, 200)
+    one = verdict_of(values, Metric("m", margin=1.0), peeked=True)
+    assert one.verdict is Verdict.CANNOT_TELL
+    assert "state Metric(bounds=...), or run a fixed number of items" in one.sentence
+    assert verdict_of(values, Metric("m", margin=1.0)).verdict is Verdict.NO_WORSE
+
+
+def test_without_a_range_no_worse_is_not_said_where_few_items_differ():
+    one = verdict_of([0.0] * 100 + [-0.1] * 3, Metric("m", margin=1.0))
+    assert one.verdict is Verdict.CANNOT_TELL
+    assert "so few units differ" in one.sentence
+    assert one.as_json()["reason"] == one.reason != ""
+
+
+def test_a_margin_wider_than_the_range_is_never_lost():
+    assert sequence_margin_p([-0.5, 0.5], 1.0, reach=1.0) == 0.0
+    assert mean_margin_p([-0.5, 0.5], 1.5, reach=1.0) < 0.001
+
+
+# --- intervals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.2])
+def test_a_confidence_sequence_within_a_range_has_the_mean_of_rare_losses_at_every_look(share):
+    missed = 0
+    for seed in range(60):
+        values = losses(seed, 80, share)
+        missed += any(-share not in sequence_interval(values[:count], reach=1.0) for count in range(2, 81, 13))
+    assert missed <= 8
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.05, 30), (0.02, 60), (0.05, 100)])
+def test_an_interval_has_the_mean_of_rare_losses_as_often_as_it_says(share, count):
+    missed = sum(
+        -share not in mean_interval(losses(seed, count, share), reach=1.0, seed=seed, resamples=499)
+        for seed in range(200)
+    )
+    assert missed <= 18
+
+
+def test_a_confidence_sequence_within_a_range_ends_where_the_evidence_does():
+    values = np.random.default_rng(1).uniform(-0.2, 0.6, 80)
+    found = sequence_interval(values, reach=1.0)
+    assert mean_evidence(values, found.low, 1.0) == pytest.approx(40, rel=1e-6)
+    assert mean_evidence(-values, -found.high, 1.0) == pytest.approx(40, rel=1e-6)
+    assert found.low <= values.mean() <= found.high
+
+
+def test_items_without_a_difference_leave_a_rare_one_open():
+    assert mean_interval([0.0] * 6).high == sequence_interval([0.0] * 12).high == math.inf
+    for found in (mean_interval([0.0] * 60, reach=1.0), sequence_interval([0.0] * 60, reach=1.0)):
+        assert found.high == pytest.approx(-found.low)
+        assert 0.04 < found.high < 0.2
+    # Within a range what is always at its end may be anywhere near it.
+    assert mean_interval([-1.0] * 20, reach=1.0).low == pytest.approx(-1.0)
+    assert mean_interval([-1.0] * 20, reach=1.0).high > -0.9
+
+
+@pytest.mark.parametrize("values", [[1.0, 1.0, 1.0, 1.0 + 2**-52], [5.0, 5.0 + 2**-50], [0.0, 0.0, 1.0], [0.0, 1.0]])
+def test_nearly_equal_differences_and_few_of_them_have_an_interval(values):
+    found = mean_interval(values)
+    assert found.low <= np.mean(values) <= found.high
+
+
+# --- bounds -------------------------------------------------------------------------------------------------------
+
+
+def run_ab(score, *, run=lambda model, item: model(item), items=ITEMS, **options):
+    with cache_of({"a": 1.0, "b": 2.0}) as cache:
+        return compare(cache, ["a", "b"], items, run=run, score=score, **options)
+
+
+@pytest.mark.parametrize("bounds", [(0.0,), (1.0, 0.0), (0.0, math.inf), (0.0, "1")])
+def test_bounds_are_two_numbers(bounds):
+    with pytest.raises(InputError, match=r"metric 'm': bounds are the least and the most that it can be, got"):
+        Metric("m", bounds=bounds)
+
+
+def test_bounds_of_a_ratio_are_above_nought_and_bound_its_logarithm():
+    with pytest.raises(InputError, match="that it can be above nought"):
+        Metric("m", scale="ratio", bounds=(0.0, 1.0))
+    assert Metric("m", scale="ratio", bounds=(1.0, 10.0)).reach == pytest.approx(math.log(10.0))
+    assert Metric("m", bounds=(-1.0, 2.0)).reach == 3.0
+    assert Metric("failures").reach == 1.0
+    assert Metric("m").reach == math.inf
+    assert Metric.from_json(Metric("m", bounds=(0.0, 2.0)).as_json()) == Metric("m", bounds=(0.0, 2.0))
+
+
+def test_a_score_outside_of_its_bounds_is_an_error_that_names_the_item_and_the_fix():
+    with pytest.raises(InputError, match=r"item \d+: 'm' of arm 'b' is 1.5, outside of its bounds \(0.0, 1.0\); state"):
+        run_ab([Metric("m", lambda output, item: 1.5 if output != item else 0.5, bounds=(0.0, 1.0))])
+
+
+def test_scores_of_right_and_wrong_are_known_by_their_values():
+    right = Metric("right", lambda output, item: float(item > 3), margin=0.2)
+    (one, *_) = run_ab([right], items=ITEMS * 6, stop_early=True).judgements
+    assert one.differences.metric.bounds == (0.0, 1.0)
+    assert one.verdict is Verdict.NO_WORSE
+
+
+# --- shares -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weights", [[0.99, 0.01], [0.5, 0.5], [0.2, 0.3, 0.5]])
