@@ -133,18 +133,20 @@ def judge(
             however often they are looked at.
         seed: Of the resampling.
     """
-    differing = holm([_p(one.values, peeked=peeked, seed=seed) for one in found])
+    ps = [sequence_p(one.values) if peeked else sign_flip_p(one.values, seed=seed) for one in found]
     with_margin = [one for one in found if one.metric.margin is not None]
     margins = holm([_margin_p(one, peeked=peeked, seed=seed) for one in with_margin])
     margin_p_of = {(one.arm, one.metric.name): p for one, p in zip(with_margin, margins, strict=True)}
     return tuple(
-        _judgement(one, p, margin_p_of.get((one.arm, one.metric.name)), level=level, peeked=peeked, seed=seed)
-        for one, p in zip(found, differing, strict=True)
+        _judgement(
+            one, p, adjusted_p, margin_p_of.get((one.arm, one.metric.name)), level=level, peeked=peeked, seed=seed
+        )
+        for one, p, adjusted_p in zip(found, ps, holm(ps), strict=True)
     )
 
 
 def _judgement(
-    one: Differences, adjusted_p: float, margin_p: float | None, *, level: float, peeked: bool, seed: int
+    one: Differences, p: float, adjusted_p: float, margin_p: float | None, *, level: float, peeked: bool, seed: int
 ) -> Judgement:
     values, metric = one.values, one.metric
     interval = (
@@ -169,7 +171,7 @@ def _judgement(
         one,
         metric.relative(mean),
         Interval(metric.relative(interval.low), metric.relative(interval.high), interval.confidence),
-        _p(values, peeked=peeked, seed=seed),
+        p,
         adjusted_p,
         margin_p,
         metric.relative(smallest_detectable(len(values), spread, level=level)),
@@ -177,10 +179,6 @@ def _judgement(
         verdict,
         reason,
     )
-
-
-def _p(values: Sequence[float], *, peeked: bool, seed: int) -> float:
-    return sequence_p(values) if peeked else sign_flip_p(values, seed=seed)
 
 
 def _margin_p(one: Differences, *, peeked: bool, seed: int) -> float:

@@ -9,7 +9,7 @@ import pytest
 from ab.stand import cache_of
 from scipy import stats
 
-from modelcache.ab import InputError, Metric, Verdict, compare
+from modelcache.ab import InputError, Metric, Verdict, compare, verdicts
 from modelcache.ab.statistics import (
     mean_evidence,
     mean_interval,
@@ -102,6 +102,14 @@ def test_without_a_range_no_worse_is_not_said_where_few_items_differ():
 def test_a_margin_wider_than_the_range_is_never_lost():
     assert sequence_margin_p([-0.5, 0.5], 1.0, reach=1.0) == 0.0
     assert mean_margin_p([-0.5, 0.5], 1.5, reach=1.0) < 0.001
+
+
+def test_the_costly_test_is_made_once_for_each_comparison(monkeypatch):
+    counted = []
+    monkeypatch.setattr(verdicts, "sign_flip_p", lambda values, **options: counted.append(values) or 0.5)
+    (one,) = judge([Differences(Metric("m"), "b", "a", "item", (1.0, 2.0, 3.0))])
+    assert len(counted) == 1
+    assert one.p == one.adjusted_p == 0.5
 
 
 # --- intervals ----------------------------------------------------------------------------------------------------
