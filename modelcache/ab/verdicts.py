@@ -12,6 +12,7 @@ from modelcache.ab.statistics import (
     Interval,
     can_bound_mean,
     holm,
+    leaning,
     mean_interval,
     mean_margin_p,
     sequence_interval,
@@ -155,17 +156,7 @@ def _judgement(
         else mean_interval(values, reach=metric.reach, confidence=1 - level, seed=seed)
     )
     mean = math.fsum(values) / len(values) if values else math.nan
-    if adjusted_p <= level and metric.sign * mean > 0:
-        verdict = Verdict.BETTER
-    elif margin_p is not None and margin_p <= level:
-        verdict = Verdict.NO_WORSE
-    elif adjusted_p <= level:
-        verdict = Verdict.WORSE
-    else:
-        verdict = Verdict.CANNOT_TELL
-    reason = ""
-    if verdict is Verdict.CANNOT_TELL and margin_p is not None:
-        reason = _missing_range(one, peeked=peeked)
+    verdict, reason = _verdict(one, mean, adjusted_p, margin_p, level=level, peeked=peeked)
     spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else math.nan
     return Judgement(
         one,
@@ -179,6 +170,24 @@ def _judgement(
         verdict,
         reason,
     )
+
+
+def _verdict(
+    one: Differences, mean: float, adjusted_p: float, margin_p: float | None, *, level: float, peeked: bool
+) -> tuple[Verdict, str]:
+    """And the reason, if it is that nothing can be told for more than the numbers."""
+    are_different, way = adjusted_p <= level, one.metric.sign * mean
+    # While peeking the sizes count less than for the mean: where most go one way and the mean another, neither is said.
+    is_split = are_different and peeked and way * leaning(one.goodness) <= 0
+    if are_different and not is_split and way > 0:
+        return Verdict.BETTER, ""
+    if margin_p is not None and margin_p <= level:
+        return Verdict.NO_WORSE, ""
+    if are_different and not is_split:
+        return Verdict.WORSE, ""
+    if is_split:
+        return Verdict.CANNOT_TELL, "they differ, but most differences go one way and their mean goes the other"
+    return Verdict.CANNOT_TELL, "" if margin_p is None else _missing_range(one, peeked=peeked)
 
 
 def _margin_p(one: Differences, *, peeked: bool, seed: int) -> float:

@@ -34,6 +34,26 @@ def verdict_of(values, metric, *, peeked=False, seed=0):
     return one
 
 
+# --- which way ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("better", ["higher", "lower"])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_evidence_that_points_one_way_gives_no_verdict_the_other_way(better, sign):
+    one = verdict_of(sign * np.array([0.01] * 60 + [-10.0]), Metric("m", better=better), peeked=True)
+    assert one.adjusted_p <= 0.05
+    assert one.verdict is Verdict.CANNOT_TELL
+    assert "most differences go one way and their mean goes the other" in one.sentence
+    assert (one.interval.low, one.interval.high) == (-math.inf, math.inf)
+
+
+def test_an_interval_of_differences_that_are_not_symmetric_about_their_mean_is_not_made_up():
+    values = np.append(np.random.default_rng(0).uniform(0.01, 0.02, 60), -10.0)
+    assert sequence_interval(values).low == -math.inf
+    found = sequence_interval(values, reach=20.0)
+    assert found.low <= values.mean() <= found.high
+
+
 # --- margins ------------------------------------------------------------------------------------------------------
 
 
