@@ -41,6 +41,9 @@ class Differences:
         arm: The arm, `base` the baseline.
         unit: What one number is: ``item``, or ``block`` where the arms did not fit together and ran in turns.
         values: The differences, in the order in which they came.
+        num_guessed: Units that the arm failed on and the baseline did not, where the score for that is a guess because
+            its bounds are not known: neither "better" nor "no worse" rests on guesses.
+        num_left_out: Units without a number, as one of the arms failed on them.
     """
 
     metric: Metric
@@ -48,6 +51,8 @@ class Differences:
     base: str
     unit: str
     values: tuple[float, ...]
+    num_guessed: int = 0
+    num_left_out: int = 0
 
     @property
     def goodness(self) -> list[float]:
@@ -90,6 +95,8 @@ class Judgement:
             return f"{arm} and {base} have no {self.differences.unit} in common by which to compare {metric.name}"
         figures = f"{metric.name} {metric.change(self.mean)}, {_percent(self.interval.confidence)} interval "
         figures += f"{metric.change(self.interval.low)} to {metric.change(self.interval.high)}"
+        if self.differences.num_left_out:
+            figures += f"; without {self.differences.num_left_out} that one of them failed on"
         if self.verdict is Verdict.CANNOT_TELL:
             because = f": {self.reason}" if self.reason else ""
             return f"{arm} and {base} cannot be told apart on {count} ({figures}){because}"
@@ -106,6 +113,8 @@ class Judgement:
             "baseline": self.differences.base,
             "unit": self.differences.unit,
             "differences": list(self.differences.values),
+            "num_guessed": self.differences.num_guessed,
+            "num_left_out": self.differences.num_left_out,
             "mean": _finite(self.mean),
             "interval": [_finite(self.interval.low), _finite(self.interval.high)],
             "confidence": self.interval.confidence,
@@ -179,10 +188,11 @@ def _verdict(
     are_different, way = adjusted_p <= level, one.metric.sign * mean
     # While peeking the sizes count less than for the mean: where most go one way and the mean another, neither is said.
     is_split = are_different and peeked and way * leaning(one.goodness) <= 0
-    if are_different and not is_split and way > 0:
-        return Verdict.BETTER, ""
-    if margin_p is not None and margin_p <= level:
-        return Verdict.NO_WORSE, ""
+    is_better = are_different and not is_split and way > 0
+    if is_better or (margin_p is not None and margin_p <= level):
+        if one.num_guessed:
+            return Verdict.CANNOT_TELL, _guesses(one)
+        return Verdict.BETTER if is_better else Verdict.NO_WORSE, ""
     if are_different and not is_split:
         return Verdict.WORSE, ""
     if is_split:
@@ -195,6 +205,13 @@ def _margin_p(one: Differences, *, peeked: bool, seed: int) -> float:
     if peeked:
         return sequence_margin_p(one.goodness, margin, reach=reach)
     return mean_margin_p(one.goodness, margin, reach=reach, seed=seed)
+
+
+def _guesses(one: Differences) -> str:
+    return (
+        f"{one.arm} failed on {one.num_guessed} that {one.base} did not fail on, and how bad a score that is says only "
+        "its range; state Metric(bounds=...)"
+    )
 
 
 def _missing_range(one: Differences, *, peeked: bool) -> str:

@@ -213,6 +213,54 @@ def test_scores_of_right_and_wrong_are_known_by_their_values():
     assert one.verdict is Verdict.NO_WORSE
 
 
+# --- failures -----------------------------------------------------------------------------------------------------
+
+
+def failing(*failed):
+    def run(model, item):
+        if model.number == 2.0 and item in failed:
+            raise RuntimeError("out of memory")
+        return model(item)
+
+    return run
+
+
+@pytest.mark.parametrize("stop_early", [False, True])
+def test_an_arm_that_fails_on_every_item_is_worse_by_a_score_of_right_and_wrong(stop_early):
+    score = [Metric("accuracy", lambda output, item: 1.0, margin=0.05)]
+    result = run_ab(score, run=failing(*ITEMS), items=ITEMS * 5, stop_early=stop_early)
+    assert result.judgements[0].verdict is Verdict.WORSE
+    assert result.judgements[0].mean == -1.0
+
+
+def test_a_failed_item_has_the_worst_score_within_the_bounds():
+    for better, worst in (("higher", -5.0), ("lower", 100.0)):
+        score = Metric("m", lambda output, item: output, better, bounds=(-5.0, 100.0))
+        result = run_ab([score], run=failing(3.0))
+        (metric, *_) = result.plan.metrics
+        assert result.value(metric, "b", ITEMS.index(3.0)) == worst
+        assert result.judgements[0].differences.num_guessed == 0
+
+
+def test_an_arm_that_failed_is_neither_better_nor_no_worse_by_a_score_that_is_a_guess():
+    score = Metric("m", lambda output, item: output, margin=50.0)
+    one = run_ab([score], run=failing(3.0)).judgements[0]
+    assert one.adjusted_p <= 0.05
+    assert one.verdict is Verdict.CANNOT_TELL
+    assert "b failed on 1 that a did not fail on" in one.sentence
+    assert "state Metric(bounds=...)" in one.sentence
+    assert one.as_json()["num_guessed"] == 1
+    assert run_ab([score]).judgements[0].verdict is Verdict.BETTER
+
+
+def test_items_that_a_time_leaves_out_are_counted_where_it_is_told():
+    result = run_ab((), run=failing(3.0, 4.0))
+    (times, *_) = (one for one in result.judgements if one.differences.metric.name == "latency")
+    assert times.differences.num_left_out == 2
+    assert "without 2 that one of them failed on" in times.sentence
+    assert "without" not in run_ab(()).judgements[0].sentence
+
+
 # --- shares -------------------------------------------------------------------------------------------------------
 
 
