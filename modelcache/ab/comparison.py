@@ -92,10 +92,20 @@ class Comparison:
         ]
         return max(ends, default=0.0)
 
+    @property
+    def is_finished(self) -> bool:
+        """All items that were to be used are through."""
+        return self.num_items >= min(self.plan.num_items, self.plan.max_items or self.plan.num_items)
+
+    @property
+    def is_peeked(self) -> bool:
+        """It ends by what it finds, or has not ended: then only figures are used that hold at any time."""
+        return self.plan.stops_early or not self.is_finished
+
     @cached_property
     def judgements(self) -> tuple[Judgement, ...]:
         """Every arm against the baseline, by every metric."""
-        return judge(list(self.differences()), level=self.plan.level, peeked=self.plan.stops_early, seed=self.plan.seed)
+        return judge(list(self.differences()), level=self.plan.level, peeked=self.is_peeked, seed=self.plan.seed)
 
     @property
     def is_settled(self) -> bool:
@@ -262,7 +272,7 @@ class Comparison:
     @property
     def ends(self) -> str:
         """How it ended, in words."""
-        if self.num_items >= min(self.plan.num_items, self.plan.max_items or self.plan.num_items):
+        if self.is_finished:
             return f"all {self.num_items} items"
         why = "when the primary metrics were decided" if self.is_settled else "when its time was up, or it was stopped"
         return f"{self.num_items} of {self.plan.num_items} items: it ended {why}"

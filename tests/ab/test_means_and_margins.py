@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 
 import numpy as np
 import pytest
-from ab.stand import cache_of
+from ab.stand import Time, cache_of
 from scipy import stats
 
-from modelcache.ab import InputError, Metric, Verdict, compare, verdicts
+from modelcache.ab import Comparison, InputError, Metric, Verdict, compare, verdicts
 from modelcache.ab.statistics import (
     mean_evidence,
     mean_interval,
@@ -211,6 +212,48 @@ def test_scores_of_right_and_wrong_are_known_by_their_values():
     (one, *_) = run_ab([right], items=ITEMS * 6, stop_early=True).judgements
     assert one.differences.metric.bounds == (0.0, 1.0)
     assert one.verdict is Verdict.NO_WORSE
+
+
+# --- unfinished runs ----------------------------------------------------------------------------------------------
+
+
+def test_figures_of_an_unfinished_run_hold_although_one_looks_again_when_it_goes_on(tmp_path):
+    log = tmp_path / "run.jsonl"
+    whole = run_ab(lambda output, item: output, log=log, items=ITEMS * 3)
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[: len(lines) // 2]))
+    part = Comparison.from_log(log)
+    assert [one.peeked for one in (*part.judgements, *whole.judgements)] == [True, True, False, False]
+    words = " ".join(str(part).split())
+    assert "hold however often the run was looked at" in words
+    assert "the run is unfinished" in words
+    assert "unfinished" not in str(whole)
+
+
+def test_identical_arms_that_are_looked_at_ten_times_by_more_and_more_time_are_seldom_told_apart(tmp_path):
+    wrong = 0
+    for seed in range(12):
+        time, noise = Time(), random.Random(seed)
+
+        def run(model, item, time=time, noise=noise):
+            time.pass_by(1.0)
+            return noise.gauss(0, 1)
+
+        looks = (
+            run_ab(
+                lambda output, item: output,
+                run=run,
+                seed=seed,
+                items=ITEMS * 2,
+                log=tmp_path / f"{seed}.jsonl",
+                clock=time,
+                max_seconds=5.0 * look,
+                warm_up=0,
+            )
+            for look in range(1, 11)
+        )
+        wrong += any(look.judgements[0].verdict is not Verdict.CANNOT_TELL for look in looks)
+    assert wrong <= 3
 
 
 # --- failures -----------------------------------------------------------------------------------------------------
