@@ -40,7 +40,14 @@ def compare_from_config(
     if asked is None:
         raise InputError("there is no 'ab.compare' to run; say there what to compare", where)
     scores = [
-        Metric(name, _function(score.measure, where), score.better, score.scale, score.margin)  # type: ignore[arg-type]
+        Metric(
+            name,
+            _function(score.measure, where),
+            score.better,  # type: ignore[arg-type]
+            score.scale,  # type: ignore[arg-type]
+            score.margin,
+            bounds=score.bounds,
+        )
         for name, score in asked.scores.items()
     ]
     folder = Path(found.folder)

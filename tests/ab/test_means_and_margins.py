@@ -10,6 +10,7 @@ import pytest
 from ab.stand import Time, cache_of
 from scipy import stats
 
+from modelcache import ConfigError, load_config
 from modelcache.ab import Comparison, InputError, Metric, Verdict, compare, verdicts
 from modelcache.ab.statistics import (
     mean_evidence,
@@ -212,6 +213,20 @@ def test_scores_of_right_and_wrong_are_known_by_their_values():
     (one, *_) = run_ab([right], items=ITEMS * 6, stop_early=True).judgements
     assert one.differences.metric.bounds == (0.0, 1.0)
     assert one.verdict is Verdict.NO_WORSE
+
+
+def test_bounds_of_a_score_are_read_from_a_configuration(tmp_path):
+    def config(bounds):
+        (tmp_path / "c.yaml").write_text(
+            "version: 1\nmodels: {m: {loader: 'x:y'}}\nab: {compare: {arms: [m, m], items: i.jsonl, run: 'x:y', "
+            f"scores: {{s: {{measure: 'x:y', bounds: {bounds}}}}}}}}}\n"
+        )
+        return load_config(str(tmp_path / "c.yaml")).settings.ab.compare.scores["s"].bounds
+
+    assert config("[-2, 0.5]") == (-2.0, 0.5)
+    for bounds, words in (("[a, 1]", "a number"), ("[.inf, 1]", "a number"), ("[1]", "bounds")):
+        with pytest.raises(ConfigError, match=words):
+            config(bounds)
 
 
 # --- unfinished runs ----------------------------------------------------------------------------------------------
