@@ -183,7 +183,7 @@ def test_an_arm_that_loses_units_sets_off_the_alarm(log):
     assert analyse(log)[0].alarm == ""
 
 
-def test_units_that_crossed_over_and_testers_do_not_count(log):
+def test_units_that_crossed_over_count_once_and_testers_do_not_count(log):
     filled(log, count=50)
     first = json.loads(log.read_text().splitlines()[0])
     with log.open("a") as file:
@@ -191,6 +191,7 @@ def test_units_that_crossed_over_and_testers_do_not_count(log):
         file.write(json.dumps({**first, "why": "override", "unit": "tester"}) + "\n")
     (found,) = analyse(log)
     assert (found.num_crossing, found.num_overridden) == (1, 1)
+    assert sum(arm.num_units for arm in found.arms) == sum(arm.num_exposures for arm in found.arms) == 50
     pairs = {len(one.differences.values) for one in found.judgements}
     assert max(pairs) <= 25
 

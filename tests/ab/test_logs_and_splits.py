@@ -1,0 +1,154 @@
+"""The online split where things are uneven: rare arms, drift, changed weights, foreign lines, logs that fail."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from modelcache.ab import Experiment, Verdict, analyse
+from modelcache.ab.exposures import _pairs
+
+ARMS = {"a": 0.5, "b": 0.5}
+
+
+@pytest.fixture
+def log(tmp_path):
+    return tmp_path / "exposures.jsonl"
+
+
+def exposure(unit, arm, weights=ARMS, **facts):
+    """A line as an experiment writes it."""
+    line = {
+        "format": "modelcache-ab-exposure",
+        "experiment": "size",
+        "arm": arm,
+        "weights": dict(weights),
+        "why": "assigned",
+        "unit": unit,
+        "tier": "vram",
+        "wait_s": 0.1,
+        "seconds": 0.2,
+        "metrics": {},
+        "error": "",
+    }
+    return {**line, **facts}
+
+
+def write(log, lines):
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def drifting(log, weights, *, name="size", count=1_000, seed=0, slower=0.0):
+    """Units that come one after the other while all times grow by 30 %; the times of `b` are greater by `slower`."""
+    split, noise = Experiment(name, weights), random.Random(seed)
+    arms = [split.assign(str(unit)).arm for unit in range(count)]
+    write(
+        log,
+        (
+            exposure(
+                str(unit),
+                arm,
+                weights,
+                seconds=(1 + 0.3 * unit / count) * noise.lognormvariate(0, 0.1) * (1 + slower * (arm == "b")),
+            )
+            for unit, arm in enumerate(arms)
+        ),
+    )
+
+
+# --- who is compared with whom ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [ARMS, {"a": 0.9, "b": 0.1}, {"a": 0.6, "b": 0.2, "c": 0.2}], ids=str)
+def test_identical_arms_are_not_told_apart_under_a_drift_whatever_the_weights(log, weights):
+    wrong = 0
+    for seed in range(20):
+        drifting(log, weights, name=f"e{seed}", seed=seed)
+        (found,) = analyse(log)
+        wrong += any(one.verdict is not Verdict.CANNOT_TELL for one in found.judgements)
+    assert wrong <= 4
+
+
+@pytest.mark.parametrize("weights", [ARMS, {"a": 0.9, "b": 0.1}], ids=str)
+def test_a_slower_arm_is_found_under_a_drift_whatever_the_weights(log, weights):
+    drifting(log, weights, slower=0.1)
+    (found,) = analyse(log)
+    verdicts = {one.differences.metric.name: one.verdict for one in found.judgements}
+    assert verdicts["seconds"] is Verdict.WORSE
+    assert [arm.arm for arm in found.arms] == ["a", "b"]
+
+
+def test_almost_all_units_of_a_rare_arm_find_a_partner(log):
+    drifting(log, {"a": 0.9, "b": 0.1})
+    (found,) = analyse(log)
+    rare = found.arms[1].num_units
+    assert rare - 20 <= len(found.judgements[0].differences.values) <= rare
+
+
+def test_either_partner_of_a_pair_is_as_likely_to_be_in_the_rare_arm():
+    draw = random.Random(0)
+    count = earlier = 0
+    for block in range(2_000):
+        arms = {f"{block}-{place}": "b" if draw.random() < 0.1 else "a" for place in range(20)}
+        places = list(arms)
+        for mine, other in _pairs(arms, "b"):
+            assert (arms[mine], arms[other]) == ("b", "a")
+            count += 1
+            earlier += places.index(mine) < places.index(other)
+    assert count >= 3_800
+    assert abs(earlier - count / 2) <= 4 * (count / 4) ** 0.5
+
+
+def test_what_one_look_has_judged_the_next_does_not_change(log):
+    drifting(log, ARMS, count=200)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    write(log, lines[:120])
+    early = analyse(log)[0].judgements[0].differences.values
+    write(log, [*lines, *({**line, "seconds": 9.0} for line in lines)])
+    late = analyse(log)[0].judgements[0].differences.values
+    assert len(late) > len(early) > 0
+    assert late[: len(early)] == early
+
+
+def test_a_metric_that_a_unit_gives_only_later_counts(log):
+    lines = [exposure(str(unit), "ab"[unit % 2]) for unit in range(60)]
+    write(log, [*lines, *({**line, "metrics": {"liked": 1.0}} for line in lines)])
+    (found,) = analyse(log)
+    judged = {one.differences.metric.name: len(one.differences.values) for one in found.judgements}
+    assert judged["liked"] == judged["seconds"] == 30
+
+
+# --- weights that change ------------------------------------------------------------------------------------------
+
+
+def test_an_arm_that_comes_in_later_is_compared_too(log):
+    weights = {"a": 0.34, "b": 0.33, "c": 0.33}
+    before = [exposure(f"old-{unit}", "ab"[unit % 2]) for unit in range(60)]
+    after = [exposure(f"new-{unit}", "abc"[unit % 3], weights) for unit in range(90)]
+    write(log, before + after)
+    (found,) = analyse(log)
+    assert {arm.arm: arm.num_units for arm in found.arms} == {"a": 60, "b": 60, "c": 30}
+    assert {one.differences.arm for one in found.judgements} == {"b", "c"}
+    assert all(one.differences.values for one in found.judgements)
+    assert found.alarm == ""
+
+
+def test_units_that_move_when_weights_change_are_counted_once_and_set_off_no_alarm(log):
+    rare, even = Experiment("size", {"a": 0.9, "b": 0.1}), Experiment("size", ARMS)
+    units = [str(unit) for unit in range(1_000)]
+    write(
+        log,
+        (
+            exposure(unit, split.assign(unit).arm, split.split.weights, metrics={"quality": quality})
+            for split, quality in ((rare, 0.0), (even, 1.0))
+            for unit in units
+        ),
+    )
+    (found,) = analyse(log)
+    assert sum(arm.num_units for arm in found.arms) == 1_000
+    assert found.num_crossing == pytest.approx(400, abs=60)
+    assert found.alarm == ""
+    # What a unit does after the weights have changed says less about its arm than about who stayed in it.
+    assert [arm.means["quality"] for arm in found.arms] == [0.0, 0.0]
