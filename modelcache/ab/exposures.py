@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from statistics import fmean
@@ -36,7 +38,8 @@ _SECONDS, _WAIT = "seconds", "wait_s"
 #: So many units that came one after the other are matched with each other. In fewer, chance leaves more of an even
 #: split without a partner; in more, partners came further apart, and the figures drift between them.
 _BLOCK = 20
-_KEYS = ("experiment", "arm", "weights", "why", "unit", "tier", _WAIT, _SECONDS, "metrics", "error")
+_TEXTS = ("experiment", "arm", "why", "unit", "tier", "error")
+_KEYS = (*_TEXTS, "weights", "metrics", _WAIT, _SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +190,7 @@ def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _problem_of(line: object) -> str:
+    """Why this is no exposure; empty if it is one."""
     if not isinstance(line, dict):
         return "it is not an object"
     if line.get("format") != FORMAT:
@@ -194,7 +198,27 @@ def _problem_of(line: object) -> str:
     missing = [key for key in _KEYS if key not in line]
     if missing:
         return f"it has no {missing[0]!r}"
+    for key in _TEXTS:
+        if not isinstance(line[key], str):
+            return f"its {key!r} is {line[key]!r}, not text"
+    for key in ("weights", "metrics"):
+        if not isinstance(line[key], dict):
+            return f"its {key!r} are {line[key]!r}, not numbers by name"
+    for key, number in chain(
+        line["weights"].items(), line["metrics"].items(), ((k, line[k]) for k in (_WAIT, _SECONDS))
+    ):
+        if not _is_finite(number):
+            return f"its {key!r} is {number!r}, not a finite number"
+    if min(line["weights"].values(), default=0) <= 0:
+        return f"its weights are {line['weights']}, not all positive"
+    if line["why"] not in (Why.ASSIGNED, Why.OVERRIDE):
+        return f"its why is {line['why']!r}, not {str(Why.ASSIGNED)!r} or {str(Why.OVERRIDE)!r}"
     return "" if line["arm"] in line["weights"] else f"its arm {line['arm']!r} is none of its weights"
+
+
+def _is_finite(number: object) -> bool:
+    # JSON has whole numbers that no float holds.
+    return isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) <= sys.float_info.max
 
 
 def _analysis(name: str, seen: _Seen, lower: set[str], level: float) -> Analysis:

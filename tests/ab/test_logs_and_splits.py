@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 
 import pytest
 
-from modelcache.ab import Experiment, Verdict, analyse
+from modelcache.ab import Experiment, InputError, Verdict, analyse
 from modelcache.ab.exposures import _pairs
 
 ARMS = {"a": 0.5, "b": 0.5}
@@ -152,3 +153,35 @@ def test_units_that_move_when_weights_change_are_counted_once_and_set_off_no_ala
     assert found.alarm == ""
     # What a unit does after the weights have changed says less about its arm than about who stayed in it.
     assert [arm.means["quality"] for arm in found.arms] == [0.0, 0.0]
+
+
+# --- what else is in a log ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"metrics": {"liked": "yes"}}, "its 'liked' is 'yes', not a finite number"),
+        ({"metrics": {"liked": math.nan}}, "its 'liked' is nan, not a finite number"),
+        ({"metrics": {"liked": True}}, "its 'liked' is True, not a finite number"),
+        ({"metrics": None}, "its 'metrics' are None, not numbers by name"),
+        ({"wait_s": None}, "its 'wait_s' is None, not a finite number"),
+        ({"seconds": math.inf}, "its 'seconds' is inf, not a finite number"),
+        ({"weights": 3}, "its 'weights' are 3, not numbers by name"),
+        ({"weights": {"a": "x", "b": "y"}}, "its 'a' is 'x', not a finite number"),
+        ({"weights": {"a": "x"}, "metrics": {"a": 1.0}}, "its 'a' is 'x', not a finite number"),
+        ({"weights": {"a": 0.0, "b": 1.0}}, "its weights are {'a': 0.0, 'b': 1.0}, not all positive"),
+        ({"seconds": 10**400}, f"its 'seconds' is {10**400}, not a finite number"),
+        ({"weights": {"c": 1.0}}, "its arm 'a' is none of its weights"),
+        ({"unit": [1]}, "its 'unit' is [1], not text"),
+        ({"arm": None}, "its 'arm' is None, not text"),
+        ({"error": 1}, "its 'error' is 1, not text"),
+        ({"why": "out of share"}, "its why is 'out of share', not 'assigned' or 'override'"),
+    ],
+    ids=str,
+)
+def test_a_line_of_the_wrong_kind_is_named_with_what_is_wrong(log, facts, words):
+    write(log, [*(exposure(str(unit), "ab"[unit % 2]) for unit in range(20)), exposure("new", "a") | facts])
+    with pytest.raises(InputError) as caught:
+        analyse(log)
+    assert str(caught.value).startswith(f"{log}:21: this is not a line of an exposure log ({words})")
