@@ -163,14 +163,18 @@ def analyse(
         level: The chance of a wrong verdict in one experiment, where arms are the same.
 
     Raises:
-        InputError: No such file, no exposures in it, or a line that is not one.
+        InputError: No such file, no exposures in it, a line that is not one, or a metric that is in none of them.
     """
     seen: dict[str, _Seen] = {}
     for line in _lines(Path(path)):
         seen.setdefault(line["experiment"], _Seen()).add(line)
     if not seen:
         raise InputError("no exposures in this file yet; serve some units first", str(path))
+    known = {_SECONDS, _WAIT, FAILURES}.union(*(one.first for one in seen.values()))
     lower = {*lower_is_better, _SECONDS, _WAIT, FAILURES}
+    if lower - known:
+        listed = ", ".join(map(repr, sorted(known)))
+        raise InputError(f"no metric is called {min(lower - known)!r}; this log has {listed}", str(path))
     return tuple(_analysis(name, one, lower, level) for name, one in seen.items())
 
 
@@ -182,6 +186,8 @@ def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
             line = json.loads(text)
             problem = _problem_of(line)
         except ValueError as error:
+            if not text.endswith(b"\n"):
+                return  # The last line, which is just being written or was torn by a crash.
             problem = str(error)
         if problem:
             words = f"this is not a line of an exposure log ({problem}); take it out, or give another file"

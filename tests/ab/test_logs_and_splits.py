@@ -185,3 +185,18 @@ def test_a_line_of_the_wrong_kind_is_named_with_what_is_wrong(log, facts, words)
     with pytest.raises(InputError) as caught:
         analyse(log)
     assert str(caught.value).startswith(f"{log}:21: this is not a line of an exposure log ({words})")
+
+
+def test_a_last_line_that_a_crash_has_torn_is_left_out(log):
+    write(log, [exposure(str(unit), "ab"[unit % 2]) for unit in range(21)])
+    log.write_bytes(log.read_bytes()[:-30])
+    assert sum(arm.num_units for arm in analyse(log)[0].arms) == 20
+
+
+def test_a_metric_that_no_line_has_is_named_with_those_that_there_are(log):
+    write(log, [exposure(str(unit), "ab"[unit % 2], metrics={"loss": 1.0}) for unit in range(20)])
+    with pytest.raises(InputError) as caught:
+        analyse(log, lower_is_better=["loss", "lossss"])
+    words = "no metric is called 'lossss'; this log has 'failures', 'loss', 'seconds', 'wait_s'"
+    assert str(caught.value) == f"{log}: {words}"
+    assert analyse(log, lower_is_better=["failures", "seconds"])
