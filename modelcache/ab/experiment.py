@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
@@ -19,6 +20,8 @@ from modelcache.ab.assignment import Assignment, Layer, Split, Why, mask
 from modelcache.ab.inputs import InputError
 
 FORMAT = "modelcache-ab-exposure"
+
+_LOG = logging.getLogger("modelcache.ab")
 
 
 @dataclass(slots=True)
@@ -70,7 +73,8 @@ class Experiment:
         overrides: Unit -> arm, for testers; they do not count.
         is_on: The kill switch: `False` sends everybody to the control.
         log: Where exposures are appended, JSON lines, one write each: several processes may share it, and a log may be
-            renamed away under them. Units are masked. `None` logs nothing.
+            renamed away under them. Units are masked. `None` logs nothing. What cannot be written is lost with a
+            warning: no request fails for it.
         now: Wall time, for the log.
         clock: In seconds.
 
@@ -98,6 +102,7 @@ class Experiment:
             raise InputError(f"experiment {name!r}: models names the arm {strange[0]!r}, but there are {list(arms)!r}")
         self.models = {arm: (models or {}).get(arm, arm) for arm in arms}
         self._log = None if log is None else Path(log)
+        self._is_log_lost = False
         self._now = now
         self._clock = clock
 
@@ -181,11 +186,26 @@ class Experiment:
             "metrics": serving.metrics,
             "error": "" if error is None else type(error).__name__,
         }
-        text = json.dumps(line, allow_nan=False) + "\n"
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        # One write to a file opened for appending: lines of several threads and processes do not mix.
-        descriptor = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, text.encode())
-        finally:
-            os.close(descriptor)
+            _append(self._log, json.dumps(line, allow_nan=False) + "\n")
+        # Not only what the system refuses: `metrics` is the caller's to fill. The unit was served either way.
+        except (OSError, TypeError, ValueError) as failure:
+            if not self._is_log_lost:
+                _LOG.warning(
+                    "exposures of experiment=%s are lost until log=%s can be written: %s", self.name, self._log, failure
+                )
+            self._is_log_lost = True
+        else:
+            self._is_log_lost = False
+
+
+def _append(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One write to a file opened for appending: lines of several threads and processes do not mix.
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        left = text.encode()
+        while left:  # A disk that is full takes a part, and says so when asked for the rest.
+            left = left[os.write(descriptor, left) :]
+    finally:
+        os.close(descriptor)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 
 import pytest
+from ab.stand import cache_of
 
 from modelcache.ab import Experiment, InputError, Verdict, analyse
 from modelcache.ab.exposures import _pairs
@@ -17,6 +19,12 @@ ARMS = {"a": 0.5, "b": 0.5}
 @pytest.fixture
 def log(tmp_path):
     return tmp_path / "exposures.jsonl"
+
+
+@pytest.fixture
+def cache():
+    with cache_of({"a": 1.0, "b": 2.0}) as cache:
+        yield cache
 
 
 def exposure(unit, arm, weights=ARMS, **facts):
@@ -200,3 +208,37 @@ def test_a_metric_that_no_line_has_is_named_with_those_that_there_are(log):
     words = "no metric is called 'lossss'; this log has 'failures', 'loss', 'seconds', 'wait_s'"
     assert str(caught.value) == f"{log}: {words}"
     assert analyse(log, lower_is_better=["failures", "seconds"])
+
+
+# --- what serving does --------------------------------------------------------------------------------------------
+
+
+def test_a_log_that_cannot_be_written_is_warned_of_once_and_fails_no_request(cache, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    log = tmp_path / "file" / "log.jsonl"
+    experiment = Experiment("size", ARMS, log=log)
+    for unit in ("u", "v"):
+        with experiment.serve(cache, unit) as serving:
+            assert serving.model(1.0)
+    with pytest.raises(KeyError), experiment.serve(cache, "u"):
+        raise KeyError("the caller's own")
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "modelcache.ab"]
+    assert warning.startswith(f"exposures of experiment=size are lost until log={log} can be written: [Errno ")
+    (tmp_path / "file").unlink()
+    with experiment.serve(cache, "u"):
+        pass
+    assert len(log.read_text().splitlines()) == 1
+
+
+def test_figures_that_json_does_not_know_fail_no_request(cache, log, caplog):
+    with Experiment("size", ARMS, log=log).serve(cache, "u") as serving:
+        serving.metrics["loss"] = object()
+    assert "Object of type object is not JSON serializable" in caplog.text
+
+
+def test_a_write_that_takes_only_a_part_is_finished(cache, log, monkeypatch):
+    whole = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: whole(descriptor, data[:50]))
+    with Experiment("size", ARMS, log=log).serve(cache, "u"):
+        pass
+    assert json.loads(log.read_text())["arm"] in ARMS
