@@ -88,7 +88,8 @@ class Split:
         is_on: `False` sends everybody to the control.
 
     Raises:
-        InputError: Weights that do not add up, a share out of range, an override to an arm that is not there.
+        InputError: Weights that do not add up, a share out of range, an override to an arm that is not there, or of a
+            unit that is not text.
     """
 
     name: str
@@ -114,6 +115,8 @@ class Split:
             raise InputError(f"{where}: weights must add up to 1, got {listed} = {total:g}; use 'share' to ramp up")
         if not 0 <= self.share <= 1:
             raise InputError(f"{where}: share must lie between 0 and 1, got {self.share!r}")
+        for unit in self.overrides:
+            _require_text(self.name, unit)
         strange = {unit: arm for unit, arm in self.overrides.items() if arm not in self.weights}
         if strange:
             unit, arm = next(iter(strange.items()))
@@ -128,7 +131,12 @@ class Split:
         return next(iter(self.weights))
 
     def assign(self, unit: str) -> Assignment:
-        """What a unit gets; always the same for the same split."""
+        """What a unit gets; always the same for the same split.
+
+        Raises:
+            InputError: The unit is not text: a number and its digits would be two units to some and one to others.
+        """
+        _require_text(self.name, unit)
         if not self.is_on:
             return Assignment(self.control, Why.SWITCHED_OFF)
         override = self.overrides.get(unit)
@@ -142,6 +150,14 @@ class Split:
             if start <= place < start + weight * self.share:
                 return Assignment(arm, Why.ASSIGNED)
         return Assignment(self.control, Why.OUT_OF_SHARE)
+
+
+def _require_text(name: str, unit: object) -> None:
+    if not isinstance(unit, str):
+        kind = type(unit).__name__
+        raise InputError(
+            f"experiment {name!r}: a unit is text, got {unit!r:.80} ({kind}); give the user's name or id as str"
+        )
 
 
 def place_of(name: str, unit: str) -> float:

@@ -112,7 +112,11 @@ class Experiment:
         return self.split.name
 
     def assign(self, unit: str) -> Assignment:
-        """The arm of a unit, without serving or logging anything."""
+        """The arm of a unit, without serving or logging anything.
+
+        Raises:
+            InputError: The unit is not text.
+        """
         return self.split.assign(unit)
 
     @contextmanager
@@ -126,6 +130,9 @@ class Experiment:
             unit: Who is served; sticks to its arm.
             timeout: Seconds to wait for the model.
             request: Goes into the log as it is.
+
+        Raises:
+            InputError: The unit is not text.
         """
         serving, start_s = self._begin(cache, unit)
         try:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 
 import pytest
 from ab.stand import cache_of
@@ -242,3 +243,16 @@ def test_a_write_that_takes_only_a_part_is_finished(cache, log, monkeypatch):
     with Experiment("size", ARMS, log=log).serve(cache, "u"):
         pass
     assert json.loads(log.read_text())["arm"] in ARMS
+
+
+@pytest.mark.parametrize("unit", [42, None, b"alice"], ids=str)
+def test_a_unit_that_is_not_text_is_refused_in_words(cache, unit):
+    words = re.escape(f"experiment 'size': a unit is text, got {unit!r} ({type(unit).__name__}); give the user's name")
+    experiment = Experiment("size", ARMS, overrides={"42": "b"})
+    with pytest.raises(InputError, match=words):
+        experiment.assign(unit)
+    with pytest.raises(InputError, match=words), experiment.serve(cache, unit):
+        pass
+    with pytest.raises(InputError, match=words):
+        Experiment("size", ARMS, overrides={unit: "b"})
+    assert experiment.assign("42").arm == "b"
