@@ -15,7 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from modelcache import ModelCache
+from modelcache import Effective, ModelCache, load_config
 from modelcache.ab.assignment import Assignment, Layer, Split, Why, mask
 from modelcache.ab.inputs import InputError
 
@@ -105,6 +105,34 @@ class Experiment:
         self._is_log_lost = False
         self._now = now
         self._clock = clock
+
+    @classmethod
+    def from_config(cls, found: Effective | str | PathLike[str], name: str) -> Experiment:
+        """An experiment as ``ab.experiments`` of a configuration describes it; its arms are models of the same file.
+
+        Args:
+            found: The configuration, or its file.
+            name: Of the experiment.
+
+        Raises:
+            ConfigError: The file has problems.
+            InputError: There is no such experiment, or what it says cannot be.
+        """
+        found = found if isinstance(found, Effective) else load_config(str(found))
+        experiments = found.settings.ab.experiments
+        if name not in experiments:
+            listed = ", ".join(experiments) or "none"
+            raise InputError(f"there is no experiment {name!r}; the configuration has: {listed}", found.path or "")
+        asked, folder = experiments[name], Path(found.folder)
+        return cls(
+            name,
+            asked.arms,
+            share=asked.share,
+            layer=None if asked.layer is None else Layer(asked.layer.name, asked.layer.start, asked.layer.end),
+            overrides=asked.overrides,
+            is_on=asked.is_on,
+            log=None if asked.log is None else folder / asked.log,
+        )
 
     @property
     def name(self) -> str:

@@ -12,7 +12,6 @@ import pytest
 from ab.stand import Time, cache_of
 
 from modelcache.ab import Experiment, InputError, Layer, Verdict, analyse
-from modelcache.ab.from_config import experiments_from_config
 
 ARMS = {"a": 0.5, "b": 0.5}
 
@@ -237,7 +236,10 @@ def test_experiments_are_made_from_a_configuration(tmp_path):
         "      overrides: {alice: b}\n"
         "      log: logs/e.jsonl\n"
     )
-    found = experiments_from_config(tmp_path / "m.yaml")["size"]
+    found = Experiment.from_config(tmp_path / "m.yaml", "size")
     by_hand = Experiment("size", ARMS, share=0.2, layer=Layer("page", 0.0, 0.5), overrides={"alice": "b"})
     assert found.split == by_hand.split
     assert found._log == tmp_path / "logs" / "e.jsonl"
+    with pytest.raises(InputError) as caught:
+        Experiment.from_config(tmp_path / "m.yaml", "page")
+    assert str(caught.value).endswith("m.yaml: there is no experiment 'page'; the configuration has: size")
