@@ -18,8 +18,13 @@ from typing import Any
 from modelcache import Effective, ModelCache, load_config
 from modelcache.ab.assignment import Assignment, Layer, Split, Why, mask
 from modelcache.ab.inputs import InputError
+from modelcache.ab.metrics import FAILURES
 
 FORMAT = "modelcache-ab-exposure"
+#: In seconds, of every exposure: of the whole block, and until the model was usable.
+SECONDS, WAIT = "seconds", "wait_s"
+#: What is known of every exposure without being recorded.
+MEASURED = (SECONDS, WAIT, FAILURES)
 
 _LOG = logging.getLogger("modelcache.ab")
 
@@ -48,14 +53,21 @@ class Serving:
         """Keep figures of this call for the log.
 
         Raises:
-            InputError: One is not a finite number.
+            InputError: One is not a finite number, or is called like what is measured anyway. None of them is kept.
         """
+        found: dict[str, float] = {}
         for name, value in metrics.items():
-            if not math.isfinite(value):
+            if name in MEASURED:
+                raise InputError(f"{name!r} is measured of every exposure; give yours another name")
+            try:
+                found[name] = float(value)
+            except (TypeError, ValueError, OverflowError):
+                found[name] = math.nan
+            if not math.isfinite(found[name]):
                 raise InputError(
-                    f"{name!r} is {value}, but a metric is a finite number; leave it out where there is none"
+                    f"{name!r} is {value!r}, but a metric is a finite number; leave it out where there is none"
                 )
-            self.metrics[name] = float(value)
+        self.metrics.update(found)
 
 
 class Experiment:
@@ -216,8 +228,8 @@ class Experiment:
             "request": request,
             "model": self.models[serving.arm],
             "tier": serving.tier,
-            "wait_s": serving.wait_s,
-            "seconds": self._clock() - start_s,
+            WAIT: serving.wait_s,
+            SECONDS: self._clock() - start_s,
             "metrics": serving.metrics,
             "error": "" if error is None else type(error).__name__,
         }

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from modelcache.ab.assignment import Why
-from modelcache.ab.experiment import FORMAT
+from modelcache.ab.experiment import FORMAT, MEASURED, SECONDS, WAIT
 from modelcache.ab.inputs import InputError, json_lines
 from modelcache.ab.metrics import FAILURES, Metric
 from modelcache.ab.statistics import share_p
@@ -33,13 +33,11 @@ from modelcache.ab.verdicts import Differences, Judgement, judge
 
 #: Below this chance of coming about by itself, a share of units is taken for a fault of the set-up.
 ALARM_P = 0.001
-#: Measured of every exposure.
-_SECONDS, _WAIT = "seconds", "wait_s"
 #: So many units that came one after the other are matched with each other. In fewer, chance leaves more of an even
 #: split without a partner; in more, partners came further apart, and the figures drift between them.
 _BLOCK = 20
 _TEXTS = ("experiment", "arm", "why", "unit", "tier", "error")
-_KEYS = (*_TEXTS, "weights", "metrics", _WAIT, _SECONDS)
+_KEYS = (*_TEXTS, "weights", "metrics", WAIT, SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +168,8 @@ def analyse(
         seen.setdefault(line["experiment"], _Seen()).add(line)
     if not seen:
         raise InputError("no exposures in this file yet; serve some units first", str(path))
-    known = {_SECONDS, _WAIT, FAILURES}.union(*(one.first for one in seen.values()))
-    lower = {*lower_is_better, _SECONDS, _WAIT, FAILURES}
+    known = set(MEASURED).union(*(one.first for one in seen.values()))
+    lower = {*lower_is_better, *MEASURED}
     if lower - known:
         listed = ", ".join(map(repr, sorted(known)))
         raise InputError(f"no metric is called {min(lower - known)!r}; this log has {listed}", str(path))
@@ -210,9 +208,7 @@ def _problem_of(line: object) -> str:
     for key in ("weights", "metrics"):
         if not isinstance(line[key], dict):
             return f"its {key!r} are {line[key]!r}, not numbers by name"
-    for key, number in chain(
-        line["weights"].items(), line["metrics"].items(), ((k, line[k]) for k in (_WAIT, _SECONDS))
-    ):
+    for key, number in chain(line["weights"].items(), line["metrics"].items(), ((k, line[k]) for k in (WAIT, SECONDS))):
         if not _is_finite(number):
             return f"its {key!r} is {number!r}, not a finite number"
     if min(line["weights"].values(), default=0) <= 0:
@@ -229,7 +225,7 @@ def _is_finite(number: object) -> bool:
 
 def _analysis(name: str, seen: _Seen, lower: set[str], level: float) -> Analysis:
     metrics = [
-        Metric(name, None, "lower" if name in lower else "higher", unit="s" if name in (_SECONDS, _WAIT) else "")
+        Metric(name, None, "lower" if name in lower else "higher", unit="s" if name in (SECONDS, WAIT) else "")
         for name in sorted(seen.first)
         if name != FAILURES or any(seen.first[FAILURES].values())
     ]
@@ -254,7 +250,7 @@ def _figures(line: Mapping[str, Any]) -> dict[str, float]:
     """Of one exposure; of one that failed only that it did."""
     if line["error"]:
         return {FAILURES: 1.0}
-    return {**line["metrics"], _SECONDS: line["seconds"], _WAIT: line["wait_s"], FAILURES: 0.0}
+    return {**line["metrics"], SECONDS: line["seconds"], WAIT: line["wait_s"], FAILURES: 0.0}
 
 
 def _differences(seen: _Seen, metric: str, arm: str, control: str) -> Iterator[float]:

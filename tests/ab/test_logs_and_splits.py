@@ -256,3 +256,17 @@ def test_a_unit_that_is_not_text_is_refused_in_words(cache, unit):
     with pytest.raises(InputError, match=words):
         Experiment("size", ARMS, overrides={unit: "b"})
     assert experiment.assign("42").arm == "b"
+
+
+@pytest.mark.parametrize("name", ["seconds", "wait_s", "failures"])
+def test_a_name_that_every_exposure_has_anyway_is_refused(cache, name):
+    with Experiment("size", ARMS).serve(cache, "u") as serving:
+        with pytest.raises(InputError, match=f"'{name}' is measured of every exposure; give yours another name"):
+            serving.record(quality=1.0, **{name: 7.0})
+        assert serving.metrics == {}
+
+
+@pytest.mark.parametrize("value", [None, "good", 10**400, math.inf], ids=lambda value: str(value)[:8])
+def test_a_figure_that_is_no_number_is_refused(cache, value):
+    with Experiment("size", ARMS).serve(cache, "u") as serving, pytest.raises(InputError, match="a finite number"):
+        serving.record(quality=value)
