@@ -3,6 +3,8 @@
 The place of a unit is the first 53 bits of ``SHA-256(name + NUL + unit)`` as a fraction of one, in UTF-8. Each arm
 owns a range of places that begins where the arms before it would end at full share, and is as wide as its weight times
 the share. So raising the share adds units at the end of each range, and takes none away.
+
+The place of a unit in a layer is that of ``NUL + "layer" + NUL + layer``, which no experiment can be called.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ class Layer:
 
     def has(self, unit: str) -> bool:
         """Whether a unit is in the slice."""
-        return self.start <= place_of(f"layer:{self.name}", unit) < self.end
+        return self.start <= place_of(f"\0layer\0{self.name}", unit) < self.end
 
 
 @dataclass(frozen=True, slots=True)

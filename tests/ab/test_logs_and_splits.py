@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import re
 import pytest
 from ab.stand import cache_of
 
-from modelcache.ab import Experiment, InputError, Verdict, analyse
+from modelcache.ab import Experiment, InputError, Layer, Verdict, analyse
 from modelcache.ab.exposures import _pairs
 
 ARMS = {"a": 0.5, "b": 0.5}
@@ -128,6 +129,22 @@ def test_a_metric_that_a_unit_gives_only_later_counts(log):
     (found,) = analyse(log)
     judged = {one.differences.metric.name: len(one.differences.values) for one in found.judgements}
     assert judged["liked"] == judged["seconds"] == 30
+
+
+@pytest.mark.parametrize("name", ["x", "layer", "layer:x", "layer/x"])
+def test_an_experiment_is_dealt_independently_of_its_layer_whatever_they_are_called(name):
+    experiment = Experiment(name, ARMS, layer=Layer("x", 0.0, 0.5))
+    given = [experiment.assign(str(unit)) for unit in range(4_000)]
+    arms = [one.arm for one in given if one.takes_part]
+    assert len(arms) == pytest.approx(2_000, abs=130)
+    assert arms.count("b") == pytest.approx(len(arms) / 2, abs=90)
+
+
+def test_places_in_a_layer_are_those_that_the_page_says():
+    hashed = hashlib.sha256(b"\0layer\0page\0alice").digest()
+    place = int.from_bytes(hashed[:8], "big") / 2**64
+    assert Layer("page", place - 1e-9, place + 1e-9).has("alice")
+    assert not Layer("page", place + 1e-9, 1.0).has("alice")
 
 
 # --- weights that change ------------------------------------------------------------------------------------------
