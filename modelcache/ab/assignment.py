@@ -117,6 +117,8 @@ class Split:
             raise InputError(f"{where}: weights must add up to 1, got {listed} = {total:g}; use 'share' to ramp up")
         if not 0 <= self.share <= 1:
             raise InputError(f"{where}: share must lie between 0 and 1, got {self.share!r}")
+        if not isinstance(self.is_on, bool):
+            raise InputError(f"{where}: is_on is True or False, got {self.is_on!r}")
         for unit in self.overrides:
             _require_text(self.name, unit)
         strange = {unit: arm for unit, arm in self.overrides.items() if arm not in self.weights}

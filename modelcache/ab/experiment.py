@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
@@ -83,7 +83,7 @@ class Experiment:
         share: Of all units, how many take part; raise it to ramp up.
         layer: Experiments of one layer with slices apart never share a unit.
         overrides: Unit -> arm, for testers; they do not count.
-        is_on: The kill switch: `False` sends everybody to the control.
+        is_on: The kill switch: `False` sends everybody to the control. It may be set later, too.
         log: Where exposures are appended, JSON lines, one write each: several processes may share it, and a log may be
             renamed away under them. Units are masked. `None` logs nothing. What cannot be written is lost with a
             warning: no request fails for it.
@@ -150,6 +150,21 @@ class Experiment:
     def name(self) -> str:
         """Of the experiment."""
         return self.split.name
+
+    @property
+    def is_on(self) -> bool:
+        """The kill switch: `False` sends everybody to the control, testers included, from the next unit on.
+
+        It may be set from any thread, and holds for this object. Who is being served stays with the arm that he has.
+
+        Raises:
+            InputError: It is set to something else than `True` or `False`.
+        """
+        return self.split.is_on
+
+    @is_on.setter
+    def is_on(self, is_on: bool) -> None:
+        self.split = replace(self.split, is_on=is_on)
 
     def assign(self, unit: str) -> Assignment:
         """The arm of a unit, without serving or logging anything.

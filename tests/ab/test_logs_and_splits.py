@@ -12,7 +12,8 @@ import re
 import pytest
 from ab.stand import cache_of
 
-from modelcache.ab import Experiment, InputError, Layer, Verdict, analyse
+from modelcache.ab import Assignment, Experiment, InputError, Layer, Verdict, analyse
+from modelcache.ab.assignment import Why
 from modelcache.ab.exposures import _pairs
 
 ARMS = {"a": 0.5, "b": 0.5}
@@ -287,3 +288,25 @@ def test_a_name_that_every_exposure_has_anyway_is_refused(cache, name):
 def test_a_figure_that_is_no_number_is_refused(cache, value):
     with Experiment("size", ARMS).serve(cache, "u") as serving, pytest.raises(InputError, match="a finite number"):
         serving.record(quality=value)
+
+
+def test_the_kill_switch_holds_from_the_next_unit_on(cache, log):
+    experiment = Experiment("size", ARMS, overrides={"alice": "b"}, log=log)
+    units = ["alice", *map(str, range(50))]
+    before = [experiment.assign(unit) for unit in units]
+    with experiment.serve(cache, "alice") as serving:
+        experiment.is_on = False
+        assert serving.model.number == 2.0
+    assert {experiment.assign(unit) for unit in units} == {Assignment("a", Why.SWITCHED_OFF)}
+    with experiment.serve(cache, "alice") as serving:
+        assert serving.model.number == 1.0
+    assert len(log.read_text().splitlines()) == 1
+    experiment.is_on = True
+    assert [experiment.assign(unit) for unit in units] == before
+
+
+def test_a_kill_switch_is_on_or_off_and_nothing_else():
+    experiment = Experiment("size", ARMS)
+    with pytest.raises(InputError, match="experiment 'size': is_on is True or False, got 'off'"):
+        experiment.is_on = "off"
+    assert experiment.is_on
