@@ -155,7 +155,7 @@ class Experiment:
     def is_on(self) -> bool:
         """The kill switch: `False` sends everybody to the control, testers included, from the next unit on.
 
-        It may be set from any thread, and holds for this object. Who is being served stays with the arm that he has.
+        It may be set from any thread, and holds for this object. Whoever is being served keeps the arm.
 
         Raises:
             InputError: It is set to something else than `True` or `False`.

@@ -36,6 +36,8 @@ ALARM_P = 0.001
 #: So many units that came one after the other are matched with each other. In fewer, chance leaves more of an even
 #: split without a partner; in more, partners came further apart, and the figures drift between them.
 _BLOCK = 20
+#: Errors by which a caller leaves, in asyncio, in trio, or as a generator or the process ends: no fault of an arm.
+_LEFT = frozenset({"CancelledError", "Cancelled", "GeneratorExit", "KeyboardInterrupt", "SystemExit"})
 _TEXTS = ("experiment", "arm", "why", "unit", "tier", "error")
 _KEYS = (*_TEXTS, "weights", "metrics", WAIT, SECONDS)
 
@@ -48,6 +50,7 @@ class ArmExposures:
         arm: Its name.
         num_units: That take part; `num_exposures` times they were served.
         num_failed: Exposures that ended in an error.
+        num_left: Exposures that the caller did not wait for, as a client that goes away: neither failed nor measured.
         tiers: How often the model was found on each tier: an arm that is found cold more often is slower for that.
         means: Of each metric, over all exposures of each unit; the verdicts are by the first of each.
     """
@@ -56,6 +59,7 @@ class ArmExposures:
     num_units: int
     num_exposures: int
     num_failed: int
+    num_left: int
     tiers: Mapping[str, int]
     means: Mapping[str, float]
 
@@ -247,7 +251,9 @@ def _analysis(name: str, seen: _Seen, lower: set[str], level: float) -> Analysis
 
 
 def _figures(line: Mapping[str, Any]) -> dict[str, float]:
-    """Of one exposure; of one that failed only that it did."""
+    """Of one exposure; of one that failed only that it did, and none of one that the caller did not wait for."""
+    if line["error"] in _LEFT:
+        return {}
     if line["error"]:
         return {FAILURES: 1.0}
     return {**line["metrics"], SECONDS: line["seconds"], WAIT: line["wait_s"], FAILURES: 0.0}
@@ -295,7 +301,8 @@ def _arm(arm: str, units: Sequence[_Unit]) -> ArmExposures:
         arm,
         len(units),
         len(lines),
-        sum(bool(line["error"]) for line in lines),
+        sum(bool(line["error"]) and line["error"] not in _LEFT for line in lines),
+        sum(line["error"] in _LEFT for line in lines),
         dict(Counter(line["tier"] for line in lines)),
         {name: fmean(values[name]) for name in sorted(values)},
     )
@@ -314,11 +321,14 @@ def as_tables(found: Analysis) -> Iterator[Table | Text]:
     """What was found, for a terminal."""
     yield Text(f"{found.experiment}: {sum(arm.num_units for arm in found.arms)} units", "bold")
     names = sorted({name for arm in found.arms for name in arm.means})
-    arms = new_table("arm", ">units", ">exposures", ">failed", ">vram/ram/disk", *(f">{name}" for name in names))
+    arms = new_table(
+        "arm", ">units", ">exposures", ">failed", ">left", ">vram/ram/disk", *(f">{name}" for name in names)
+    )
     for arm in found.arms:
         tiers = "/".join(str(arm.tiers.get(tier, 0)) for tier in ("vram", "ram", "disk"))
         means = [f"{arm.means[name]:.4g}" if name in arm.means else "-" for name in names]
-        arms.add_row(Text(arm.arm), str(arm.num_units), str(arm.num_exposures), str(arm.num_failed), tiers, *means)
+        counts = (arm.num_units, arm.num_exposures, arm.num_failed, arm.num_left)
+        arms.add_row(Text(arm.arm), *map(str, counts), tiers, *means)
     yield arms
     yield verdict_table(found.judgements)
     for one in found.judgements:

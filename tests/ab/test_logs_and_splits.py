@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import math
@@ -14,7 +15,7 @@ from ab.stand import cache_of
 
 from modelcache.ab import Assignment, Experiment, InputError, Layer, Verdict, analyse
 from modelcache.ab.assignment import Why
-from modelcache.ab.exposures import _pairs
+from modelcache.ab.exposures import _pairs, as_tables
 
 ARMS = {"a": 0.5, "b": 0.5}
 
@@ -229,6 +230,20 @@ def test_a_metric_that_no_line_has_is_named_with_those_that_there_are(log):
     assert analyse(log, lower_is_better=["failures", "seconds"])
 
 
+@pytest.mark.parametrize("error", ["CancelledError", "GeneratorExit", "KeyboardInterrupt"])
+def test_exposures_that_the_caller_did_not_wait_for_are_counted_apart(log, error):
+    arms = ["ab"[unit % 2] for unit in range(40)]
+    left = [{"error": error, "seconds": 9.0} if arm == "b" else {} for arm in arms]
+    write(log, [exposure(str(unit), arm, **facts) for unit, (arm, facts) in enumerate(zip(arms, left, strict=True))])
+    (found,) = analyse(log)
+    assert [(arm.num_units, arm.num_failed, arm.num_left) for arm in found.arms] == [(20, 0, 0), (20, 0, 20)]
+    assert "failures" not in {one.differences.metric.name for one in found.judgements}
+    assert found.arms[1].means == {}
+    assert found.alarm == ""
+    _, arms, *_ = as_tables(found)
+    assert "LEFT" in {str(column.header) for column in arms.columns}
+
+
 # --- what serving does --------------------------------------------------------------------------------------------
 
 
@@ -310,3 +325,25 @@ def test_a_kill_switch_is_on_or_off_and_nothing_else():
     with pytest.raises(InputError, match="experiment 'size': is_on is True or False, got 'off'"):
         experiment.is_on = "off"
     assert experiment.is_on
+
+
+def test_a_client_that_goes_away_is_no_failure_of_its_arm(cache, log):
+    experiment = Experiment("size", ARMS, log=log)
+
+    async def serve(is_served):
+        async with experiment.aserve(cache, "u"):
+            is_served.set()
+            await asyncio.Event().wait()
+
+    async def main():
+        is_served = asyncio.Event()
+        task = asyncio.create_task(serve(is_served))
+        await is_served.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    (found,) = analyse(log)
+    assert sum(arm.num_left for arm in found.arms) == 1
+    assert sum(arm.num_failed for arm in found.arms) == 0
