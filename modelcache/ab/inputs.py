@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import StringIO
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -107,19 +108,33 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    given = sum(value is not None for key, value in row.items() if key is not None)
-                    given += len(row.get(None) or ())
-                    expected = len(reader.fieldnames or ())
-                    raise InputError(
-                        f"this line has {given} cells, the heading has {expected}; quote cells that hold commas",
-                        str(path),
-                        reader.line_num,
-                    )
-                yield reader.line_num, row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise InputError(f"this line is not CSV in UTF-8 ({error})", str(path), reader.line_num) from None
+    reader = csv.reader(StringIO(_text_of(path), newline=""), strict=True)
+    heading: list[str] = []
+    try:
+        for row in filter(None, reader):
+            if not heading:
+                heading = row
+                doubled = sorted({name for name in row if row.count(name) > 1})
+                if doubled:
+                    words = f"two columns are called {doubled[0]!r}; give one of them another name"
+                    raise InputError(words, str(path), reader.line_num)
+            elif len(row) != len(heading):
+                raise InputError(
+                    f"this line has {len(row)} cells, the heading has {len(heading)}; quote cells that hold commas",
+                    str(path),
+                    reader.line_num,
+                )
+            else:
+                yield reader.line_num, dict(zip(heading, row, strict=True))
+    except csv.Error as error:
+        raise InputError(f"this line is not CSV ({error})", str(path), reader.line_num) from None
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(
+            f"this line is not in UTF-8 ({error.reason}); save the file as UTF-8", str(path), line
+        ) from None

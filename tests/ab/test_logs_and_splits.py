@@ -16,6 +16,7 @@ from ab.stand import cache_of
 from modelcache.ab import Assignment, Experiment, InputError, Layer, Verdict, analyse
 from modelcache.ab.assignment import Why
 from modelcache.ab.exposures import _pairs, as_tables
+from modelcache.ab.inputs import read_items
 
 ARMS = {"a": 0.5, "b": 0.5}
 
@@ -347,3 +348,30 @@ def test_a_client_that_goes_away_is_no_failure_of_its_arm(cache, log):
     (found,) = analyse(log)
     assert sum(arm.num_left for arm in found.arms) == 1
     assert sum(arm.num_failed for arm in found.arms) == 0
+
+
+# --- items of a CSV file ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"a,b,a\n1,2,3\n", "items.csv:1: two columns are called 'a'; give one of them another name"),
+        (b"\n\na,b\n1,2\n1,2,3\n", "items.csv:5: this line has 3 cells, the heading has 2"),
+        (b"a,b\n1,2\n1,\xff\n", "items.csv:3: this line is not in UTF-8 (invalid start byte); save the file as UTF-8"),
+        (b'a,b\n1,2\n1,"2"3\n', "items.csv:3: this line is not CSV ("),
+    ],
+    ids=["columns of one name", "blank lines first", "another encoding", "a stray quote"],
+)
+def test_what_is_wrong_with_a_csv_file_is_named_with_its_line(tmp_path, data, words):
+    (tmp_path / "items.csv").write_bytes(data)
+    with pytest.raises(InputError) as caught:
+        read_items(tmp_path / "items.csv")
+    assert words in str(caught.value)
+
+
+def test_blank_lines_of_a_csv_file_are_no_items(tmp_path):
+    (tmp_path / "items.csv").write_text('\ufeff\n\na,b\n1,"2\n3"\n\n4,5\n', encoding="utf-8")
+    found = read_items(tmp_path / "items.csv")
+    assert found.values == ({"a": "1", "b": "2\n3"}, {"a": "4", "b": "5"})
+    assert found.place(1).endswith("items.csv:7")
