@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import pickle  # nosec B403
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from io import StringIO
+from io import BytesIO, StringIO
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from modelcache import ModelCacheError
 
@@ -58,10 +61,44 @@ class Items:
         """A name for these very items, in this order: a run is only taken up again with the same ones."""
         hashed = hashlib.sha256()
         for value in self.values:
-            # Items of a type that JSON does not know count as their type: their text may hold an address.
-            text = json.dumps(value, sort_keys=True, default=lambda other: f"<{type(other).__qualname__}>")
-            hashed.update(text.encode("utf-8", "surrogatepass") + b"\n")
+            hashed.update(identity(value).encode("utf-8", "surrogatepass") + b"\n")
         return hashed.hexdigest()
+
+
+def identity(value: object) -> str:
+    """A text that is the same for the same value in any process: its JSON, and a hash of what JSON does not know.
+
+    What cannot be pickled either is known by its `repr`. If that is an address, which may be that of another value next
+    time, the text is another one each time: a run with such items is not taken up, rather than mixed with another.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, default=_hashed)
+    except (TypeError, ValueError, RecursionError):
+        # Keys that cannot be sorted or that JSON does not have, or a value that holds itself.
+        return str(_hashed(value))
+
+
+def _hashed(value: object) -> object:
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(identity, value))  # Their order is another one in each process.
+    pickled = BytesIO()
+    try:
+        _Pickler(pickled, protocol=5).dump(value)
+    except Exception:  # noqa: BLE001  # It runs the value's own code, which may raise anything.
+        text = repr(value)
+        return str(uuid4()) if " at 0x" in text else text
+    return hashlib.sha256(pickled.getvalue()).hexdigest()
+
+
+class _Pickler(pickle.Pickler):
+    """Nothing is unpickled. Tensors go in as their bytes: torch's own pickle of one is another in each process."""
+
+    def reducer_override(self, value: object) -> Any:
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(value, torch.Tensor):
+            return NotImplemented
+        data = value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return tuple, ((str(value.dtype), tuple(value.shape), data),)
 
 
 def read_items(items: Iterable[Any] | str | PathLike[str]) -> Items:

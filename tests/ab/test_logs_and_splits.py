@@ -9,11 +9,15 @@ import math
 import os
 import random
 import re
+import subprocess
+import sys
 
+import numpy as np
 import pytest
+import torch
 from ab.stand import cache_of
 
-from modelcache.ab import Assignment, Experiment, InputError, Layer, Verdict, analyse
+from modelcache.ab import Assignment, Experiment, InputError, Layer, Verdict, analyse, compare
 from modelcache.ab.assignment import Why
 from modelcache.ab.exposures import _pairs, as_tables
 from modelcache.ab.inputs import read_items
@@ -348,6 +352,58 @@ def test_a_client_that_goes_away_is_no_failure_of_its_arm(cache, log):
     (found,) = analyse(log)
     assert sum(arm.num_left for arm in found.arms) == 1
     assert sum(arm.num_failed for arm in found.arms) == 0
+
+
+# --- a run that is taken up again ---------------------------------------------------------------------------------
+
+
+class Prompt:
+    """An item of one's own."""
+
+    def __init__(self, number, **more):
+        self.number = number
+        self.more = more
+
+
+def run(cache, log, items, arms=("a", "b")):
+    return compare(cache, arms, items, run=lambda model, item: 1.0, log=log)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Prompt,
+        lambda number: Prompt(0, image=torch.full((2, 2), number, dtype=torch.bfloat16)),
+        lambda number: torch.tensor(number),
+        lambda number: {"labels": {f"label-{number}", "x"}},
+        lambda number: {1: number, "a": 0},
+        lambda number: np.arange(number),
+    ],
+    ids=["objects", "tensors in objects", "tensors", "sets", "mixed keys", "arrays"],
+)
+def test_other_items_are_found_out_when_a_run_is_taken_up(cache, log, make):
+    run(cache, log, [make(number) for number in range(5)])
+    assert run(cache, log, [make(number) for number in range(5)]).num_items == 5
+    with pytest.raises(InputError, match="made with other items"):
+        run(cache, log, [make(number) for number in range(1, 6)])
+
+
+def test_items_have_the_same_identity_in_any_process():
+    code = (
+        "import numpy, torch; from modelcache.ab.inputs import identity; "
+        "print(identity([torch.arange(3), torch.ones(2, dtype=torch.bfloat16), numpy.arange(4), {'b', 'a', 'c'}, 1j]))"
+    )
+    told = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    }
+    assert len(told) == 1
+
+
+def test_items_that_cannot_be_told_apart_are_not_taken_up(cache, log):
+    run(cache, log, [lambda: 1, lambda: 2])
+    with pytest.raises(InputError, match="made with other items"):
+        run(cache, log, [lambda: 1, lambda: 2])
 
 
 # --- items of a CSV file ------------------------------------------------------------------------------------------
