@@ -15,7 +15,7 @@ from modelcache.ab.arms import Arm, read_arms
 from modelcache.ab.bench import Bench, Stage, Work, shown
 from modelcache.ab.comparison import Comparison
 from modelcache.ab.inputs import InputError, read_items
-from modelcache.ab.journal import Entry, Journal, Plan, runs_of
+from modelcache.ab.journal import Entry, Journal, Plan, is_begun, runs_of
 from modelcache.ab.metrics import LATENCY, Metric, failures, latency
 from modelcache.ab.schedule import Groups, Schedule, group_models, least_promotions, make_schedule
 
@@ -134,7 +134,7 @@ def compare(
 
 def _before(path: Path | None) -> Comparison | None:
     """The run that is to be taken up, if there is one."""
-    return Comparison.from_log(path) if path is not None and path.is_file() and path.stat().st_size else None
+    return Comparison.from_log(path) if path is not None and is_begun(path) else None
 
 
 def _stops(bench: Bench, schedule: Schedule, journal: Journal, on_progress: Callable[[str], object]) -> Generator[None]:

@@ -15,6 +15,8 @@ from modelcache.ab.inputs import InputError, json_lines
 from modelcache.ab.metrics import Metric
 
 FORMAT = "modelcache-ab-run"
+# What the first line begins with.
+_HEAD = f'{{"format": "{FORMAT}"'.encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,21 +147,24 @@ class Journal:
         self._file: TextIO | None = None
         if path is None:
             return
-        if path.exists() and path.stat().st_size:
-            _drop_torn_line(path)
-        if path.exists() and path.stat().st_size:
-            found, self.entries = read_journal(path)
+        head = json.dumps({"format": FORMAT, "plan": plan.as_json()}, allow_nan=False)
+        if is_begun(path):
+            found, _ = read_journal(path)
             _require_same(found, plan, path)
+            # Only now: nothing is cut off a file that is of something else.
+            _drop_torn_line(path)
+            _, self.entries = read_journal(path)
             self._file = path.open("a", encoding="utf-8")
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("w", encoding="utf-8")
-            self._write({"format": FORMAT, "plan": plan.as_json()})
+            self._put(head)
 
     def add(self, entry: Entry) -> None:
         """Record one."""
         self.entries.append(entry)
-        self._write({type(entry).__name__.lower(): asdict(entry)})
+        if self._file is not None:
+            self._put(json.dumps({type(entry).__name__.lower(): asdict(entry)}, allow_nan=False))
 
     def close(self) -> None:
         """Close the file."""
@@ -167,19 +172,39 @@ class Journal:
             self._file.close()
             self._file = None
 
-    def _write(self, line: Mapping[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
-            self._file.flush()
+    def _put(self, line: str) -> None:
+        assert self._file is not None
+        self._file.write(line + "\n")
+        self._file.flush()
+
+
+def is_begun(path: Path) -> bool:
+    """Whether there is something to go on with, or to refuse; not if a crash has torn the first line of a run.
+
+    Raises:
+        InputError: It is a folder.
+    """
+    if path.is_dir():
+        raise InputError("this is a folder; a run is recorded in a file", str(path))
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        first = file.readline()
+    is_torn = not first.endswith(b"\n") and first[: len(_HEAD)] == _HEAD[: len(first)]
+    return not is_torn
 
 
 def read_journal(path: str | PathLike[str]) -> tuple[Plan, list[Entry]]:
     """What a file of a run says.
 
     Raises:
-        InputError: It is not one, or a line in it is foreign; a last line that a crash has torn is left out.
+        InputError: There is none, it is not one, or a line in it is foreign; a last line that a crash has torn is left
+            out.
     """
     place = Path(path)
+    if not place.is_file():
+        what = "this is a folder" if place.is_dir() else "there is no such file"
+        raise InputError(f"{what}; give the file that compare(log=...) has written", str(place))
     lines = list(json_lines(place))
     if not lines:
         raise InputError("this file is empty; it holds no run", str(place))

@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 from ab.stand import cache_of
+from typer.testing import CliRunner
 
-from modelcache.ab import Assignment, Experiment, InputError, Layer, Verdict, analyse, compare
+from modelcache.ab import Assignment, Comparison, Experiment, InputError, Layer, Verdict, analyse, compare
 from modelcache.ab.assignment import Why
 from modelcache.ab.exposures import _pairs, as_tables
 from modelcache.ab.inputs import read_items
+from modelcache.cli.app import app
 
 ARMS = {"a": 0.5, "b": 0.5}
 
@@ -404,6 +406,47 @@ def test_items_that_cannot_be_told_apart_are_not_taken_up(cache, log):
     run(cache, log, [lambda: 1, lambda: 2])
     with pytest.raises(InputError, match="made with other items"):
         run(cache, log, [lambda: 1, lambda: 2])
+
+
+@pytest.mark.parametrize("length", [0, 5, 40, 300])
+def test_a_run_whose_first_line_a_crash_has_torn_is_begun_anew(cache, log, length):
+    run(cache, log, range(5))
+    whole = log.read_bytes()
+    log.write_bytes(whole[:length])
+    assert run(cache, log, range(5)).num_items == 5
+    assert log.read_bytes().splitlines()[0] == whole.splitlines()[0]
+
+
+@pytest.mark.parametrize("text", ["notes without a line end", '{"format": "modelcache-ab-exposure", "at'])
+def test_nothing_is_cut_off_a_file_that_is_of_something_else(cache, log, text):
+    log.write_text(text)
+    with pytest.raises(InputError, match=f"{log}:1: this is not the first line of a run"):
+        run(cache, log, range(5))
+    assert log.read_text() == text
+
+
+def test_nothing_is_cut_off_another_run(cache, log):
+    run(cache, log, range(5))
+    log.write_bytes(log.read_bytes()[:-10])
+    before = log.read_bytes()
+    with pytest.raises(InputError, match="made with other items"):
+        run(cache, log, range(1, 6))
+    assert log.read_bytes() == before
+
+
+def test_a_log_that_is_a_folder_is_refused_before_anything_is_loaded(cache, tmp_path):
+    with pytest.raises(InputError, match=f"{tmp_path}: this is a folder; a run is recorded in a file"):
+        run(cache, tmp_path, range(5))
+    assert cache.status().counters.disk_hits == 0
+
+
+def test_a_report_on_what_is_no_file_says_so(tmp_path):
+    with pytest.raises(InputError, match=r"x.jsonl: there is no such file; give the file that compare\(log=...\) has"):
+        Comparison.from_log(tmp_path / "x.jsonl")
+    with pytest.raises(InputError, match=f"{tmp_path}: this is a folder; give the file"):
+        Comparison.from_log(tmp_path)
+    told = CliRunner().invoke(app, ["ab", "report", str(tmp_path / "x.jsonl")])
+    assert (told.exit_code, "there is no such file" in told.output) == (2, True)
 
 
 # --- items of a CSV file ------------------------------------------------------------------------------------------
