@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from os import PathLike
@@ -11,7 +12,7 @@ from typing import Any, TextIO
 
 from modelcache import __version__
 from modelcache.ab.arms import Arm
-from modelcache.ab.inputs import InputError, json_lines
+from modelcache.ab.inputs import InputError, identity, json_lines
 from modelcache.ab.metrics import Metric
 
 FORMAT = "modelcache-ab-run"
@@ -56,7 +57,10 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """As the first line says it."""
         found = {name: getattr(self, name) for name in Plan.__slots__}
-        found["arms"] = [{"name": a.name, "model": a.model, "settings": _plain(a.settings)} for a in self.arms]
+        found["arms"] = [
+            {"name": a.name, "model": a.model, "settings": {k: _plain(v) for k, v in a.settings.items()}}
+            for a in self.arms
+        ]
         found["metrics"] = [metric.as_json() for metric in self.metrics]
         found["primary"] = list(self.primary)
         found["groups"] = [list(group) for group in self.groups]
@@ -262,11 +266,11 @@ def _cut(value: object) -> str:
     return text if len(text) < 80 else text[:77] + "..."
 
 
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
-        for key, value in settings.items()
-    }
+def _plain(value: object) -> object:
+    """A setting as JSON has it; what it does not know, and what it would give back as something else, as a text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else repr(value)
+    return value if isinstance(value, (str, int, type(None))) else identity(value)
 
 
 def runs_of(entries: list[Entry]) -> Iterator[Run]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 import json
 import math
@@ -18,7 +19,7 @@ import torch
 from ab.stand import cache_of
 from typer.testing import CliRunner
 
-from modelcache.ab import Assignment, Comparison, Experiment, InputError, Layer, Verdict, analyse, compare
+from modelcache.ab import Arm, Assignment, Comparison, Experiment, InputError, Layer, Verdict, analyse, compare
 from modelcache.ab.assignment import Why
 from modelcache.ab.exposures import _pairs, as_tables
 from modelcache.ab.inputs import read_items
@@ -368,7 +369,7 @@ class Prompt:
 
 
 def run(cache, log, items, arms=("a", "b")):
-    return compare(cache, arms, items, run=lambda model, item: 1.0, log=log)
+    return compare(cache, arms, items, run=lambda model, item, **settings: 1.0, log=log)
 
 
 @pytest.mark.parametrize(
@@ -406,6 +407,26 @@ def test_items_that_cannot_be_told_apart_are_not_taken_up(cache, log):
     run(cache, log, [lambda: 1, lambda: 2])
     with pytest.raises(InputError, match="made with other items"):
         run(cache, log, [lambda: 1, lambda: 2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "others"),
+    [
+        ({"cap": math.inf}, {"cap": -math.inf}),
+        ({"cap": math.nan}, {"cap": 1.0}),
+        ({"prompt": Prompt(1)}, {"prompt": Prompt(2)}),
+        ({"bias": torch.zeros(2_000)}, {"bias": torch.arange(2_000) % 1_999 // 1_998}),
+        ({"stops": ["a"]}, {"stops": ["b"]}),
+    ],
+    ids=["infinity", "no number", "objects", "tensors", "lists"],
+)
+def test_arms_are_known_by_their_settings_of_any_kind(cache, log, settings, others):
+    run(cache, log, range(5), ["a", Arm("set", "a", settings)])
+    again = run(cache, log, range(5), ["a", Arm("set", "a", copy.deepcopy(settings))])
+    assert again.num_items == 5
+    assert json.loads(again.to_json())["plan"] == json.loads(log.read_text().splitlines()[0])["plan"]
+    with pytest.raises(InputError, match="made with other arms"):
+        run(cache, log, range(5), ["a", Arm("set", "a", others)])
 
 
 @pytest.mark.parametrize("length", [0, 5, 40, 300])
