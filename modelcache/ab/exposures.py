@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +24,7 @@ from rich.text import Text
 
 from modelcache.ab.assignment import Why
 from modelcache.ab.experiment import FORMAT, MEASURED, SECONDS, WAIT
-from modelcache.ab.inputs import InputError, json_lines
+from modelcache.ab.inputs import InputError, is_finite, json_lines
 from modelcache.ab.metrics import FAILURES, Metric
 from modelcache.ab.statistics import share_p
 from modelcache.ab.table import new_table, verdict_table
@@ -213,18 +212,13 @@ def _problem_of(line: object) -> str:
         if not isinstance(line[key], dict):
             return f"its {key!r} are {line[key]!r}, not numbers by name"
     for key, number in chain(line["weights"].items(), line["metrics"].items(), ((k, line[k]) for k in (WAIT, SECONDS))):
-        if not _is_finite(number):
+        if not is_finite(number):
             return f"its {key!r} is {number!r}, not a finite number"
     if min(line["weights"].values(), default=0) <= 0:
         return f"its weights are {line['weights']}, not all positive"
     if line["why"] not in (Why.ASSIGNED, Why.OVERRIDE):
         return f"its why is {line['why']!r}, not {str(Why.ASSIGNED)!r} or {str(Why.OVERRIDE)!r}"
     return "" if line["arm"] in line["weights"] else f"its arm {line['arm']!r} is none of its weights"
-
-
-def _is_finite(number: object) -> bool:
-    # JSON has whole numbers that no float holds.
-    return isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) <= sys.float_info.max
 
 
 def _analysis(name: str, seen: _Seen, lower: set[str], level: float) -> Analysis:

@@ -128,6 +128,11 @@ def read_items(items: Iterable[Any] | str | PathLike[str]) -> Items:
     return found
 
 
+def is_finite(number: object) -> bool:
+    """Whether it is a number that a float holds; JSON has others."""
+    return isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) <= sys.float_info.max
+
+
 def json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Line numbers and lines that are not empty."""
     with path.open("rb") as file:

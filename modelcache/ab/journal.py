@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any, TextIO
 
 from modelcache import __version__
 from modelcache.ab.arms import Arm
-from modelcache.ab.inputs import InputError, identity, json_lines
+from modelcache.ab.inputs import InputError, identity, is_finite, json_lines
 from modelcache.ab.metrics import Metric
 
 FORMAT = "modelcache-ab-run"
@@ -136,6 +136,14 @@ class Arrival:
 
 Entry = Run | Arrival
 _KINDS: dict[str, type[Run | Arrival]] = {"run": Run, "arrival": Arrival}
+# What is of the kind that a field is annotated with.
+_IS: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "bool": lambda value: isinstance(value, bool),
+    "int": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "float": is_finite,
+    "Mapping[str, float]": lambda value: isinstance(value, dict) and all(map(is_finite, value.values())),
+}
 
 
 class Journal:
@@ -222,8 +230,7 @@ def read_journal(path: str | PathLike[str]) -> tuple[Plan, list[Entry]]:
                 _require_format(found["format"])
                 plan = Plan.from_json(found["plan"])
             else:
-                ((kind, facts),) = found.items()
-                entries.append(_KINDS[kind](**facts))
+                entries.append(_entry(found, plan))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if is_torn and plan is not None:
                 break
@@ -233,6 +240,29 @@ def read_journal(path: str | PathLike[str]) -> tuple[Plan, list[Entry]]:
             ) from None
     assert plan is not None
     return plan, entries
+
+
+def _entry(found: Mapping[str, Any], plan: Plan) -> Entry:
+    """One line.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: It is foreign.
+    """
+    ((kind, facts),) = found.items()
+    entry = _KINDS[kind](**facts)
+    for each in fields(entry):
+        value = getattr(entry, each.name)
+        if not _IS[str(each.type)](value):
+            raise ValueError(f"its {each.name!r} is {value!r}")
+    if isinstance(entry, Arrival):
+        known, name = {arm.model for arm in plan.arms}, entry.model
+    else:
+        known, name = {arm.name for arm in plan.arms}, entry.arm
+        if not (0 <= entry.item < plan.num_items and 0 <= entry.repeat < plan.repeats):
+            raise ValueError(f"there is no item {entry.item}, repeat {entry.repeat}")
+    if name not in known:
+        raise ValueError(f"{name!r} is none of the run's {', '.join(map(repr, sorted(known)))}")
+    return entry
 
 
 def _require_format(found: object) -> None:

@@ -429,6 +429,31 @@ def test_arms_are_known_by_their_settings_of_any_kind(cache, log, settings, othe
         run(cache, log, range(5), ["a", Arm("set", "a", others)])
 
 
+@pytest.mark.parametrize(
+    ("kind", "facts", "words"),
+    [
+        ("run", {"arm": "z"}, "'z' is none of the run's 'a', 'b'"),
+        ("run", {"start_s": "x"}, "its 'start_s' is 'x'"),
+        ("run", {"item": 5}, "there is no item 5, repeat 0"),
+        ("run", {"item": 0.5}, "its 'item' is 0.5"),
+        ("run", {"seconds": {"run": None}}, "its 'seconds' is {'run': None}"),
+        ("run", {"scores": {"x": math.nan}}, "its 'scores' is {'x': nan}"),
+        ("run", {"is_warm_up": 0}, "its 'is_warm_up' is 0"),
+        ("arrival", {"model": "z"}, "'z' is none of the run's 'a', 'b'"),
+        ("arrival", {"vram_bytes": "1GiB"}, "its 'vram_bytes' is '1GiB'"),
+    ],
+)
+def test_a_line_of_another_run_is_named_with_what_is_wrong(cache, log, kind, facts, words):
+    run(cache, log, range(5))
+    found = [json.loads(line) for line in log.read_text().splitlines()]
+    place = next(number for number, line in enumerate(found) if kind in line)
+    found[place][kind] |= facts
+    write(log, found)
+    with pytest.raises(InputError) as caught:
+        Comparison.from_log(log)
+    assert str(caught.value).startswith(f"{log}:{place + 1}: this is not a line of a run ({words})")
+
+
 @pytest.mark.parametrize("length", [0, 5, 40, 300])
 def test_a_run_whose_first_line_a_crash_has_torn_is_begun_anew(cache, log, length):
     run(cache, log, range(5))
