@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from os import PathLike
@@ -149,8 +151,10 @@ _IS: dict[str, Callable[[Any], bool]] = {
 class Journal:
     """Appends entries to a file, one line each, handed to the system at once; without a file only keeps them.
 
+    The file is locked until it is closed, so that two processes do not go on with one run.
+
     Raises:
-        InputError: The file is of another run, or has a line that is not of a run.
+        InputError: The file is of another run, has a line that is not of a run, or is in use.
     """
 
     def __init__(self, plan: Plan, path: Path | None) -> None:
@@ -160,17 +164,25 @@ class Journal:
         if path is None:
             return
         head = json.dumps({"format": FORMAT, "plan": plan.as_json()}, allow_nan=False)
-        if is_begun(path):
-            found, _ = read_journal(path)
-            _require_same(found, plan, path)
-            # Only now: nothing is cut off a file that is of something else.
-            _drop_torn_line(path)
-            _, self.entries = read_journal(path)
-            self._file = path.open("a", encoding="utf-8")
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w", encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+        try:
+            _lock(self._file, path)
+            self._begin(path, head)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, path: Path, head: str) -> None:
+        if not is_begun(path):
+            os.truncate(path, 0)
             self._put(head)
+            return
+        found, _ = read_journal(path)
+        _require_same(found, self.plan, path)
+        # Only now: nothing is cut off a file that is of something else.
+        _drop_torn_line(path)
+        _, self.entries = read_journal(path)
 
     def add(self, entry: Entry) -> None:
         """Record one."""
@@ -268,6 +280,15 @@ def _entry(found: Mapping[str, Any], plan: Plan) -> Entry:
 def _require_format(found: object) -> None:
     if found != FORMAT:
         raise ValueError(f"its format is {found!r}, not {FORMAT!r}")
+
+
+def _lock(file: TextIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            "this run is going on, here or in another process; wait until it ends, or give another file", str(path)
+        ) from None
 
 
 def _drop_torn_line(path: Path) -> None:

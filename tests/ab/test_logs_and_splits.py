@@ -454,6 +454,17 @@ def test_a_line_of_another_run_is_named_with_what_is_wrong(cache, log, kind, fac
     assert str(caught.value).startswith(f"{log}:{place + 1}: this is not a line of a run ({words})")
 
 
+def test_two_do_not_go_on_with_one_run(cache, log):
+    def second(model, item):
+        with pytest.raises(InputError, match=f"{log}: this run is going on, here or in another process; wait until it"):
+            run(cache, log, range(5))
+        return 1.0
+
+    result = compare(cache, ["a", "b"], range(5), run=second, log=log)
+    assert [arm.num_failed for arm in result.arms] == [0, 0]
+    assert run(cache, log, range(5)).num_items == 5
+
+
 @pytest.mark.parametrize("length", [0, 5, 40, 300])
 def test_a_run_whose_first_line_a_crash_has_torn_is_begun_anew(cache, log, length):
     run(cache, log, range(5))
