@@ -16,7 +16,7 @@ from enum import StrEnum
 from itertools import accumulate
 from types import MappingProxyType
 
-from modelcache.ab.inputs import InputError
+from modelcache.ab.inputs import InputError, is_finite
 
 _BITS = 53
 # How far from 1 the weights may add up: thirds written in decimals leave a crack of that width, out of share.
@@ -51,8 +51,8 @@ class Layer:
     end: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start < self.end <= 1:
-            raise InputError(f"a slice of layer {self.name!r} lies between 0 and 1, got {self.start:g} to {self.end:g}")
+        if not (is_finite(self.start) and is_finite(self.end) and 0 <= self.start < self.end <= 1):
+            raise InputError(f"a slice of layer {self.name!r} lies between 0 and 1, got {self.start!r} to {self.end!r}")
 
     def has(self, unit: str) -> bool:
         """Whether a unit is in the slice."""
@@ -107,7 +107,7 @@ class Split:
             raise InputError(f"an experiment needs a name without NUL, got {self.name!r}")
         if len(self.weights) < 2:
             raise InputError(f"{where} needs two arms or more, got {list(self.weights)!r}")
-        bad = {arm: weight for arm, weight in self.weights.items() if not 0 < weight < 1}
+        bad = {arm: weight for arm, weight in self.weights.items() if not (is_finite(weight) and 0 < weight < 1)}
         if bad:
             arm, weight = next(iter(bad.items()))
             raise InputError(f"{where}: the weight of {arm!r} must lie between 0 and 1, got {weight!r}")
@@ -115,7 +115,7 @@ class Split:
         if abs(total - 1) > _TOLERANCE:
             listed = " + ".join(f"{weight:g}" for weight in self.weights.values())
             raise InputError(f"{where}: weights must add up to 1, got {listed} = {total:g}; use 'share' to ramp up")
-        if not 0 <= self.share <= 1:
+        if not (is_finite(self.share) and 0 <= self.share <= 1):
             raise InputError(f"{where}: share must lie between 0 and 1, got {self.share!r}")
         if not isinstance(self.is_on, bool):
             raise InputError(f"{where}: is_on is True or False, got {self.is_on!r}")

@@ -19,7 +19,7 @@ import torch
 from ab.stand import cache_of
 from typer.testing import CliRunner
 
-from modelcache.ab import Arm, Assignment, Comparison, Experiment, InputError, Layer, Verdict, analyse, compare
+from modelcache.ab import Arm, Assignment, Comparison, Experiment, InputError, Layer, Split, Verdict, analyse, compare
 from modelcache.ab.assignment import Why
 from modelcache.ab.exposures import _pairs, as_tables
 from modelcache.ab.inputs import read_items
@@ -148,6 +148,25 @@ def test_an_experiment_is_dealt_independently_of_its_layer_whatever_they_are_cal
     arms = [one.arm for one in given if one.takes_part]
     assert len(arms) == pytest.approx(2_000, abs=130)
     assert arms.count("b") == pytest.approx(len(arms) / 2, abs=90)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"weights": {"a": "50%", "b": "50%"}}, "the weight of 'a' must lie between 0 and 1, got '50%'"),
+        ({"weights": {"a": 0.5, "b": math.nan}}, "the weight of 'b' must lie between 0 and 1, got nan"),
+        ({"share": "20%"}, "share must lie between 0 and 1, got '20%'"),
+        ({"share": None}, "share must lie between 0 and 1, got None"),
+    ],
+)
+def test_numbers_of_a_split_that_are_none_are_refused_in_words(changes, words):
+    with pytest.raises(InputError, match=words):
+        Split(**{"name": "size", "weights": ARMS, **changes})
+
+
+def test_a_slice_that_is_no_numbers_is_refused_in_words():
+    with pytest.raises(InputError, match="a slice of layer 'page' lies between 0 and 1, got '0%' to '50%'"):
+        Layer("page", "0%", "50%")
 
 
 def test_places_in_a_layer_are_those_that_the_page_says():
