@@ -92,6 +92,24 @@ def test_identical_arms_are_not_told_apart_under_a_drift_whatever_the_weights(lo
     assert wrong <= 4
 
 
+@pytest.mark.proof
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("weights", [ARMS, {"a": 0.9, "b": 0.1}], ids=str)
+def test_identical_arms_are_told_apart_in_at_most_18_of_200_drifting_logs_also_when_looked_at_all_the_while(
+    log, weights
+):
+    wrong = 0
+    for seed in range(200):
+        drifting(log, weights, name=f"e{seed}", seed=seed, count=600)
+        lines = log.read_text().splitlines(keepends=True)
+        for count in range(40, 601, 40):
+            log.write_text("".join(lines[:count]))
+            if any(one.verdict is not Verdict.CANNOT_TELL for one in analyse(log)[0].judgements):
+                wrong += 1
+                break
+    assert wrong <= 18
+
+
 @pytest.mark.parametrize("weights", [ARMS, {"a": 0.9, "b": 0.1}], ids=str)
 def test_a_slower_arm_is_found_under_a_drift_whatever_the_weights(log, weights):
     drifting(log, weights, slower=0.1)
