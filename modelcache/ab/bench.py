@@ -208,6 +208,10 @@ class Bench:
             raise InputError(
                 f"{where} {score:g}, but what is compared by ratio is above nought; give the metric scale='difference'"
             )
+        if metric.bounds is not None and not metric.bounds[0] <= score <= metric.bounds[1]:
+            raise InputError(
+                f"{where} {score:g}, outside of its bounds {metric.bounds}; state those that hold for every output"
+            )
         return score
 
 

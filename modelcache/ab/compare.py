@@ -16,7 +16,7 @@ from modelcache.ab.arms import Arm, read_arms
 from modelcache.ab.bench import Bench, Stage, Work, in_words
 from modelcache.ab.comparison import Comparison
 from modelcache.ab.inputs import InputError, read_items
-from modelcache.ab.journal import Entry, Journal, Plan, require_same, runs_of
+from modelcache.ab.journal import Entry, Journal, Plan, is_begun, require_same, runs_of
 from modelcache.ab.metrics import LATENCY, Metric, failures, latency
 from modelcache.ab.schedule import Groups, Schedule, group_models, least_promotions, make_schedule
 
@@ -142,7 +142,7 @@ def compare(
 
 def _before(path: Path | None, plan: Plan) -> Comparison | None:
     """The run that is to be taken up, if there is one: of the same plan, but for what only the models can tell."""
-    if path is None or not path.is_file() or not path.stat().st_size:
+    if path is None or not is_begun(path):
         return None
     found = Comparison.from_log(path)
     require_same(found.plan, plan, path)

@@ -99,10 +99,20 @@ class Comparison:
         ]
         return max(ends, default=0.0)
 
+    @property
+    def is_finished(self) -> bool:
+        """All items that were to be used are through."""
+        return self.num_items >= self.plan.num_used
+
+    @property
+    def is_peeked(self) -> bool:
+        """It ends by what it finds, or has not ended: then only figures are used that hold at any time."""
+        return self.plan.stops_early or not self.is_finished
+
     @cached_property
     def judgements(self) -> tuple[Judgement, ...]:
         """Every arm against the baseline, by every metric."""
-        return judge(list(self.differences()), level=self.plan.level, peeked=self.plan.stops_early, seed=self.plan.seed)
+        return judge(list(self.differences()), level=self.plan.level, peeked=self.is_peeked, seed=self.plan.seed)
 
     @property
     def is_settled(self) -> bool:
@@ -157,7 +167,8 @@ class Comparison:
     def value(self, metric: Metric, arm: str, item: int) -> float | None:
         """The figure of an arm for an item: the mean of its repeats.
 
-        `None` if it is a time and the arm failed. A failed score counts as the worst that any arm got on any item.
+        `None` if it is a time and the arm failed. A failed score counts as the worst of the bounds of the metric; where
+        none are known, as the worst that any arm got on any item.
         """
         runs = self._complete[item][arm]
         if metric.name == FAILURES:
@@ -166,11 +177,24 @@ class Comparison:
             stage = metric.name.removesuffix(LATENCY).strip()
             times = [run.seconds[stage] if stage else sum(run.seconds.values()) for run in runs if not run.error]
             return fmean(times) if times else None
-        return fmean(run.scores[metric.name] if not run.error else self._worst(metric) for run in runs)
+        return fmean(run.scores[metric.name] if not run.error else self._worst[metric.name] for run in runs)
 
-    def _worst(self, metric: Metric) -> float:
-        seen = self._seen.get(metric.name, [])
-        return (min(seen) if metric.better == "higher" else max(seen)) if seen else 0.0
+    @cached_property
+    def _worst(self) -> dict[str, float]:
+        """What a failed call scores."""
+        found: dict[str, float] = {}
+        for metric in map(self._bounded, self.plan.metrics):
+            worst_seen = min if metric.better == "higher" else max
+            found[metric.name] = (
+                worst_seen(self._seen.get(metric.name, [0.0])) if metric.worst is None else metric.worst
+            )
+        return found
+
+    def _bounded(self, metric: Metric) -> Metric:
+        """The same, with the bounds that scores of right and wrong have."""
+        are_shares = metric.bounds is None and metric.scale == "difference"
+        seen = self._seen.get(metric.name, ()) if are_shares else ()
+        return replace(metric, bounds=(0.0, 1.0)) if seen and set(seen) <= {0.0, 1.0} else metric
 
     @cached_property
     def _seen(self) -> dict[str, list[float]]:
@@ -188,21 +212,32 @@ class Comparison:
             if metric.name == FAILURES and not has_failed:
                 continue
             for arm in others:
-                yield self._differences(metric, arm, base)
+                yield self._differences(self._bounded(metric), arm, base)
 
     def _differences(self, metric: Metric, arm: Arm, base: Arm) -> Differences:
         by_item = {item: self._difference(metric, arm.name, base.name, item) for item in self._complete}
         known = {item: value for item, value in by_item.items() if value is not None}
+        num_left_out = len(by_item) - len(known)
         together = any({arm.model, base.model} <= set(group) for group in self.plan.groups)
         if together or metric not in self.plan.times:
-            return Differences(metric, arm.name, base.name, "item", tuple(known.values()))
+            num_guessed = self._num_guessed(metric, arm.name, base.name)
+            return Differences(metric, arm.name, base.name, "item", tuple(known.values()), num_guessed, num_left_out)
         # Times of arms that ran in turns: items of a block share what the machine did then, so a pair of blocks is one.
         pairs: dict[int, dict[int, list[float]]] = {}
         for item, value in known.items():
             run = self._complete[item][arm.name][0]
             pairs.setdefault(run.pair, {}).setdefault(run.block, []).append(value)
         values = [fmean(map(fmean, blocks.values())) for blocks in pairs.values()]
-        return Differences(metric, arm.name, base.name, "block pair", tuple(values))
+        return Differences(metric, arm.name, base.name, "block pair", tuple(values), num_left_out=num_left_out)
+
+    def _num_guessed(self, metric: Metric, arm: str, base: str) -> int:
+        """Items whose score is a guess in the arm's favour."""
+        if metric.name not in self._seen or metric.worst is not None:
+            return 0
+        failed = [
+            [sum(bool(run.error) for run in by_arm[name]) for name in (arm, base)] for by_arm in self._complete.values()
+        ]
+        return sum(mine > its for mine, its in failed)
 
     def _difference(self, metric: Metric, arm: str, base: str, item: int) -> float | None:
         mine, its = self.value(metric, arm, item), self.value(metric, base, item)
@@ -251,7 +286,7 @@ class Comparison:
     @cached_property
     def ends(self) -> str:
         """How it ended, in words."""
-        if self.num_items >= self.plan.num_used:
+        if self.is_finished:
             return f"all {self.num_items} items"
         is_decided = self.plan.stops_early and self.is_settled
         why = "when the primary metrics were decided" if is_decided else "when its time was up, or it was stopped"

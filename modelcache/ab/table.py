@@ -44,9 +44,11 @@ def fine_print(result: Comparison) -> str:
     level = f"{100 * (1 - result.plan.level):g} %"
     how = (
         "Intervals and p-values hold however often the run was looked at (confidence sequences)."
-        if result.plan.stops_early
+        if result.is_peeked
         else "Intervals: BCa bootstrap; p-values: flipped signs, corrected for all comparisons (Holm)."
     )
+    if not result.is_finished and not result.plan.stops_early:
+        how += " They are wider than those of all items will be: the run is unfinished."
     if len(result.plan.groups) > 1:
         how += (
             " Arms that do not fit together ran in turns: their times are compared by pairs of blocks, and what ran "

@@ -88,14 +88,10 @@ def assign(
 ) -> None:
     """Say which arm each unit gets, and why."""
     with _explained():
-        from modelcache.ab import InputError
-        from modelcache.ab.from_config import experiments_from_config
+        from modelcache.ab import Experiment
 
-        known = experiments_from_config(load(file))
-        if experiment not in known:
-            listed = ", ".join(known) or "none"
-            raise InputError(f"there is no experiment {experiment!r}; the configuration has: {listed}")
-        given = [(unit, known[experiment].assign(unit)) for unit in units]
+        found = Experiment.from_config(load(file), experiment)
+        given = [(unit, found.assign(unit)) for unit in units]
         rows = [(unit, one.arm, str(one.why)) for unit, one in given]
         data_console().print(table(("unit", "arm", "why"), rows))
 

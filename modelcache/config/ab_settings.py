@@ -17,6 +17,7 @@ from modelcache.config.fields import (
     Fraction,
     Idle,
     Name,
+    Number,
     PathText,
     Section,
     Seed,
@@ -46,6 +47,13 @@ class ScoreSettings(Section):
     margin: Amount | None = Field(
         default=None,
         description="How much worse is acceptable, in the score's unit. Default: nothing is called no worse.",
+    )
+    bounds: tuple[Number, Number] | None = Field(
+        default=None,
+        description=(
+            "The least and the most that it can be, such as [0, 10]: with it also a run that stops early finds an arm "
+            "no worse. Default: [0, 1] if all scores are 0 or 1, otherwise not known."
+        ),
     )
 
 

@@ -219,10 +219,10 @@ def test_who_gets_which_arm_is_said(folder):
 
 def test_an_exposure_log_is_read(folder):
     from modelcache import ModelCache
-    from modelcache.ab.from_config import experiments_from_config
+    from modelcache.ab import Experiment
 
     sys.path.insert(0, str(folder))
-    experiment = experiments_from_config("m.yaml")["size"]
+    experiment = Experiment.from_config("m.yaml", "size")
     with ModelCache.from_yaml("m.yaml") as cache:
         for unit in range(60):
             with experiment.serve(cache, str(unit)) as serving:
