@@ -7,6 +7,11 @@ LIGHT = ("#2f6fb5", "#e08a1e", "#2a9d78", "#b5489a", "#7a5fd0", "#8a6d3b", "#c44
 DARK = ("#5b9be0", "#f0a848", "#4cc3a0", "#dc7fc4", "#a48df0", "#c2a268", "#ee7d74", "#86c45e")
 
 
+def page_colour(index: int) -> str:
+    """Of the i-th model, as a page with `style_sheet` writes it; after the last colour they come again."""
+    return f"var(--m{index % len(LIGHT)})"
+
+
 def terminal_colour(index: int) -> str:
     """Of the i-th model, for rich."""
     return DARK[index % len(DARK)]

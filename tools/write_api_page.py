@@ -6,6 +6,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ _GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "modelcache.ab",
         (
             *("compare", "Arm", "Metric", "Comparison", "Judgement", "Verdict", "Experiment", "Assignment", "Serving"),
-            *("Layer", "Split", "analyse", "Analysis", "InputError"),
+            *("Layer", "Split", "analyse", "Analysis", "InputError", "smallest_detectable"),
         ),
     ),
     (
@@ -94,7 +95,7 @@ def _entries(name: str, thing: Any) -> Iterator[str]:
     if inspect.isclass(thing):
         for method, member in _own(thing):
             plain = member.__func__ if isinstance(member, classmethod | staticmethod) else member
-            if isinstance(member, property):
+            if isinstance(member, property | cached_property):
                 yield f"#### `{name}.{method}`\n"
                 yield _text(member)
             elif inspect.isfunction(plain):

@@ -1,7 +1,7 @@
 """A/B testing: compare models without reloading them, and split traffic between them. Needs the extra ``[ab]``.
 
 `compare` runs arms on the same items; `Experiment` gives each unit (a user, a session) its arm, and `analyse` reads
-what it logged.
+what it logged. `smallest_detectable` says before a run what a number of items can show.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from modelcache.ab.experiment import Experiment, Serving
 from modelcache.ab.exposures import Analysis, analyse
 from modelcache.ab.inputs import InputError
 from modelcache.ab.metrics import Metric
+from modelcache.ab.statistics import smallest_detectable
 from modelcache.ab.verdicts import Judgement, Verdict
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "Verdict",
     "analyse",
     "compare",
+    "smallest_detectable",
 ]

@@ -19,6 +19,9 @@ class Arm:
         name: In the report.
         model: The name it is registered under; `name` when not given.
         settings: Keyword arguments of each call, so that one model can be compared with itself.
+
+    Raises:
+        InputError: A name is not a text, or the settings are not a mapping.
     """
 
     name: str
@@ -26,6 +29,10 @@ class Arm:
     settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.name, str) and self.name and isinstance(self.model, str)):
+            raise InputError(f"an arm and its model have names, got {self.name!r} and {self.model!r}")
+        if not isinstance(self.settings, Mapping):
+            raise InputError(f"arm {self.name!r}: settings are keyword arguments by name, got {self.settings!r}")
         object.__setattr__(self, "model", self.model or self.name)
 
 
@@ -39,8 +46,12 @@ def read_arms(cache: ModelCache, given: Iterable[Arm | str]) -> tuple[Arm, ...]:
     """
     if isinstance(given, str):
         raise InputError(f"arms is a list of names, got the string {given!r}; write [{given!r}, ...]")
+    if not isinstance(given, Iterable):
+        raise InputError(f"arms is a list of names, or of Arm, got {given!r}")
     arms: list[Arm] = []
     for one in given:
+        if not isinstance(one, (Arm, str)):
+            raise InputError(f"an arm is the name of a registered model, or an Arm, got {one!r}")
         arm = one if isinstance(one, Arm) else Arm(one)
         if isinstance(one, str) and [a.name for a in arms] == [one]:
             arm = Arm(f"{one} (again)", one)

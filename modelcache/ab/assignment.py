@@ -3,6 +3,8 @@
 The place of a unit is the first 53 bits of ``SHA-256(name + NUL + unit)`` as a fraction of one, in UTF-8. Each arm
 owns a range of places that begins where the arms before it would end at full share, and is as wide as its weight times
 the share. So raising the share adds units at the end of each range, and takes none away.
+
+The place of a unit in a layer is that of ``NUL + "layer" + NUL + layer``, which no experiment can be called.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from enum import StrEnum
 from itertools import accumulate
 from types import MappingProxyType
 
-from modelcache.ab.inputs import InputError
+from modelcache.ab.inputs import InputError, is_finite
 
 _BITS = 53
 # How far from 1 the weights may add up: thirds written in decimals leave a crack of that width, out of share.
@@ -49,12 +51,12 @@ class Layer:
     end: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start < self.end <= 1:
-            raise InputError(f"a slice of layer {self.name!r} lies between 0 and 1, got {self.start:g} to {self.end:g}")
+        if not (is_finite(self.start) and is_finite(self.end) and 0 <= self.start < self.end <= 1):
+            raise InputError(f"a slice of layer {self.name!r} lies between 0 and 1, got {self.start!r} to {self.end!r}")
 
     def has(self, unit: str) -> bool:
         """Whether a unit is in the slice."""
-        return self.start <= place_of(f"layer:{self.name}", unit) < self.end
+        return self.start <= place_of(f"\0layer\0{self.name}", unit) < self.end
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,8 @@ class Split:
         is_on: `False` sends everybody to the control.
 
     Raises:
-        InputError: Weights that do not add up, a share out of range, an override to an arm that is not there.
+        InputError: Weights that do not add up, a share out of range, an override to an arm that is not there, or of a
+            unit that is not text.
     """
 
     name: str
@@ -104,7 +107,7 @@ class Split:
             raise InputError(f"an experiment needs a name without NUL, got {self.name!r}")
         if len(self.weights) < 2:
             raise InputError(f"{where} needs two arms or more, got {list(self.weights)!r}")
-        bad = {arm: weight for arm, weight in self.weights.items() if not 0 < weight < 1}
+        bad = {arm: weight for arm, weight in self.weights.items() if not (is_finite(weight) and 0 < weight < 1)}
         if bad:
             arm, weight = next(iter(bad.items()))
             raise InputError(f"{where}: the weight of {arm!r} must lie between 0 and 1, got {weight!r}")
@@ -112,8 +115,12 @@ class Split:
         if abs(total - 1) > _TOLERANCE:
             listed = " + ".join(f"{weight:g}" for weight in self.weights.values())
             raise InputError(f"{where}: weights must add up to 1, got {listed} = {total:g}; use 'share' to ramp up")
-        if not 0 <= self.share <= 1:
+        if not (is_finite(self.share) and 0 <= self.share <= 1):
             raise InputError(f"{where}: share must lie between 0 and 1, got {self.share!r}")
+        if not isinstance(self.is_on, bool):
+            raise InputError(f"{where}: is_on is True or False, got {self.is_on!r}")
+        for unit in self.overrides:
+            _require_text(self.name, unit)
         strange = {unit: arm for unit, arm in self.overrides.items() if arm not in self.weights}
         if strange:
             unit, arm = next(iter(strange.items()))
@@ -128,7 +135,12 @@ class Split:
         return next(iter(self.weights))
 
     def assign(self, unit: str) -> Assignment:
-        """What a unit gets; always the same for the same split."""
+        """What a unit gets; always the same for the same split.
+
+        Raises:
+            InputError: The unit is not text: a number and its digits would be two units to some and one to others.
+        """
+        _require_text(self.name, unit)
         if not self.is_on:
             return Assignment(self.control, Why.SWITCHED_OFF)
         override = self.overrides.get(unit)
@@ -142,6 +154,14 @@ class Split:
             if start <= place < start + weight * self.share:
                 return Assignment(arm, Why.ASSIGNED)
         return Assignment(self.control, Why.OUT_OF_SHARE)
+
+
+def _require_text(name: str, unit: object) -> None:
+    if not isinstance(unit, str):
+        kind = type(unit).__name__
+        raise InputError(
+            f"experiment {name!r}: a unit is text, got {unit!r:.80} ({kind}); give the user's name or id as str"
+        )
 
 
 def place_of(name: str, unit: str) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,6 +19,8 @@ from modelcache.ab.schedule import Block, Call
 #: How much of an output, or of an item, the report shows.
 SHOWN_CHARACTERS: Final = 400
 _BEFORE = -1
+# What a clock that has not moved on is taken to have shown: times are compared by ratio, and nought has none.
+_SHORTEST_S = 1e-9
 
 Stage = Callable[..., Any]
 
@@ -166,16 +168,18 @@ class Bench:
         facts: dict[str, Any] = {"start_s": start_s, "is_warm_up": is_warm_up}
         seconds: dict[str, float] = {}
         if arm.model in failed:
-            facts["error"] = f"{arm.model} did not come up: {failed[arm.model]}"
+            facts["error"] = f"did not come up: {failed[arm.model]}"
         else:
             try:
-                output = self._answer(arm, raw[arm.model], self.items.values[call.item], seconds)
-                facts["output"] = _cut(self.work.show(output))
-                facts["scores"] = {} if is_warm_up else self._scores(arm, call, output)
-            except InputError:
-                raise
+                item = self.items.values[call.item]
+                output = self._answer(arm, raw[arm.model], item, seconds)
+                scored = () if is_warm_up else self.work.metrics
+                measured = [(metric, metric.measure(output, item)) for metric in scored if metric.measure is not None]
             except Exception as error:  # noqa: BLE001  # A failing item is a finding about the arm, not about the run.
                 facts["error"] = _words(error)
+            else:
+                facts["output"] = in_words(output, self.work.show)
+                facts["scores"] = {metric.name: self._score(metric, found, call) for metric, found in measured}
         return Run(arm.name, call.item, call.repeat, block.number, block.pair, seconds=seconds, **facts)
 
     def _answer(self, arm: Arm, model: Any, item: Any, seconds: dict[str, float]) -> Any:
@@ -184,23 +188,31 @@ class Bench:
             before = self.work.clock()
             output = stage(model, output, **settings)
             _wait_for_device()
-            seconds[name] = self.work.clock() - before
+            seconds[name] = max(self.work.clock() - before, _SHORTEST_S)
             settings = {}
         return output
 
-    def _scores(self, arm: Arm, call: Call, output: Any) -> dict[str, float]:
-        scores: dict[str, float] = {}
-        for metric in self.work.metrics:
-            if metric.measure is None:
-                continue
-            score = float(metric.measure(output, self.items.values[call.item]))
-            if not math.isfinite(score):
-                raise InputError(
-                    f"{self.items.place(call.item)}: {metric.name!r} of arm {arm.name!r} is {score}, but a score is a "
-                    "finite number; raise an error for an output that cannot be scored, and it counts as a failure"
-                )
-            scores[metric.name] = score
-        return scores
+    def _score(self, metric: Metric, found: object, call: Call) -> float:
+        """What a scorer gave, as a number; anything else is a mistake in the scorer and ends the run."""
+        where = f"{self.items.place(call.item)}: {metric.name!r} of arm {self.arms[call.arm].name!r} is"
+        try:
+            score = float(found)  # type: ignore[arg-type]
+        except Exception:  # noqa: BLE001  # Whatever the type says to it: it is no number.
+            score = math.nan
+        if isinstance(found, str) or not math.isfinite(score):
+            raise InputError(
+                f"{where} {in_words(found, repr)}, but a score is a finite number; raise an error for an output that "
+                "cannot be scored, and it counts as a failure"
+            )
+        if metric.scale == "ratio" and score <= 0:
+            raise InputError(
+                f"{where} {score:g}, but what is compared by ratio is above nought; give the metric scale='difference'"
+            )
+        if metric.bounds is not None and not metric.bounds[0] <= score <= metric.bounds[1]:
+            raise InputError(
+                f"{where} {score:g}, outside of its bounds {metric.bounds}; state those that hold for every output"
+            )
+        return score
 
 
 def _wait_for_device() -> None:
@@ -211,13 +223,18 @@ def _wait_for_device() -> None:
 
 
 def _words(error: BaseException) -> str:
-    return _cut(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+    said, kind = in_words(error, str), type(error).__name__
+    return _cut(f"{kind}: {said}") if said else kind
 
 
 def _cut(text: str) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
 
 
-def shown(items: Items, show: Callable[[Any], str]) -> tuple[str, ...]:
-    """Items in words, for the report."""
-    return tuple(_cut(show(value)) for value in items.values)
+def in_words(value: object, show: Callable[[Any], str]) -> str:
+    """An item or an output for the report, cut; by its `repr` where `show` fails, which may be made for the other."""
+    for words in (show, repr):
+        # What a report shows of a value is no reason to lose the run.
+        with suppress(Exception):
+            return _cut(str(words(value)))
+    return f"<{type(value).__qualname__}>"

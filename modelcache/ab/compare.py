@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import zip_longest
 from os import PathLike
 from pathlib import Path
@@ -12,10 +13,10 @@ from typing import Any
 
 from modelcache import ModelCache, Tier, format_bytes
 from modelcache.ab.arms import Arm, read_arms
-from modelcache.ab.bench import Bench, Stage, Work, shown
+from modelcache.ab.bench import Bench, Stage, Work, in_words
 from modelcache.ab.comparison import Comparison
 from modelcache.ab.inputs import InputError, read_items
-from modelcache.ab.journal import Entry, Journal, Plan, runs_of
+from modelcache.ab.journal import Entry, Journal, Plan, is_begun, require_same, runs_of
 from modelcache.ab.metrics import LATENCY, Metric, failures, latency
 from modelcache.ab.schedule import Groups, Schedule, group_models, least_promotions, make_schedule
 
@@ -71,40 +72,25 @@ def compare(
         num_pairs: Of blocks, where not all models fit together. Default: 6 to 10, by the number of items.
         allow_disk: Go on although RAM does not hold all models, so that switches read from disk.
         log: A file of JSON lines, written as it goes. If it holds the same run, unfinished, the run is taken up again.
-        show: An output or an item in words, for the report.
+        show: An output or an item in words, for the report; what it fails on is shown by its `repr`.
         on_progress: Called with a line now and then.
         clock: In seconds.
 
     Raises:
-        InputError: Bad input: nothing was run, except where a score turns out not to be a number.
+        InputError: Bad input: nothing was run, except where a score turns out not to be a number, or not above nought
+            though it is compared by ratio.
     """
     given, things = read_arms(cache, arms), read_items(items)
-    _require_counts(repeats=repeats, max_items=max_items, num_pairs=num_pairs)
-    if not 0 < level < 1 or warm_up < 0:
-        raise InputError(f"level is between 0 and 1 and warm_up is not negative, got {level!r} and {warm_up!r}")
+    _require_counts(1, repeats=repeats, max_items=max_items, num_pairs=num_pairs)
+    _require_counts(0, seed=seed, warm_up=warm_up)
+    if not (_is_number(level) and 0 < level < 1):
+        raise InputError(f"level is between 0 and 1, such as 0.05, got {level!r}")
+    if max_seconds is not None and not (_is_number(max_seconds) and max_seconds > 0):
+        raise InputError(f"max_seconds is a number of seconds above 0, got {max_seconds!r}")
     stages = dict(run) if isinstance(run, Mapping) else {"run": run}
     metrics = _metrics(stages, score, latency_margin)
     main = _primary(primary, metrics)
     path = None if log is None else Path(log)
-    waiting: list[Entry] = []
-    bench = Bench(cache, given, things, Work(stages, metrics, warm_up, show, clock), waiting.append)
-    before = _before(path)
-    bench.go_on_from(before.elapsed_s if before is not None else 0.0)
-    failed = bench.bring_up_all(bench.models)
-    if not allow_disk:
-        _require_ram(cache, set(bench.models) - set(failed))
-    groups = before.plan.groups if before is not None else _groups(cache, bench.models, failed)
-    num_used = min(len(things.values), max_items or len(things.values))
-    schedule = make_schedule(
-        len(things.values),
-        [arm.model for arm in given],
-        groups,
-        num_used=num_used,
-        repeats=repeats,
-        seed=seed,
-        num_pairs=num_pairs,
-        promotions=_promotions(cache, bench.models, bench.in_place),
-    )
     plan = Plan(
         arms=given,
         metrics=tuple(metrics),
@@ -113,14 +99,36 @@ def compare(
         items=things.digest,
         repeats=repeats,
         seed=seed,
-        groups=groups,
+        groups=(),
         num_pairs=num_pairs,
         max_items=max_items,
         stops_early=stop_early,
         level=level,
-        least_switches=schedule.least_switches if before is None else before.plan.least_switches,
+        least_switches=0,
     )
-    on_progress(str(schedule))
+    before = _before(path, plan)
+    waiting: list[Entry] = []
+    bench = Bench(cache, given, things, Work(stages, metrics, warm_up, show, clock), waiting.append)
+    bench.go_on_from(before.elapsed_s if before is not None else 0.0)
+    failed = bench.bring_up_all(bench.models)
+    if not allow_disk:
+        _require_ram(cache, set(bench.models) - set(failed))
+    groups = _groups(cache, bench.models, failed) if before is None else before.plan.groups
+    if before is not None:
+        _require_room(cache, groups, failed, str(path))
+    schedule = make_schedule(
+        len(things.values),
+        [arm.model for arm in given],
+        groups,
+        num_used=plan.num_used,
+        repeats=repeats,
+        seed=seed,
+        num_pairs=num_pairs,
+        promotions=_promotions(cache, bench.models, bench.in_place),
+    )
+    least_switches = schedule.least_switches if before is None else before.plan.least_switches
+    plan = replace(plan, groups=groups, least_switches=least_switches)
+    on_progress(f"{schedule}\n{plan.reach}")
     with closing(Journal(plan, path)) as journal:
         for entry in waiting:
             journal.add(entry)
@@ -129,12 +137,16 @@ def compare(
             is_late = max_seconds is not None and bench.now_s >= max_seconds
             if is_late or (stop_early and _may_look(journal) and Comparison(plan, journal.entries).is_settled):
                 break
-        return Comparison(plan, journal.entries, shown(things, show))
+        return Comparison(plan, journal.entries, tuple(in_words(item, show) for item in things.values))
 
 
-def _before(path: Path | None) -> Comparison | None:
-    """The run that is to be taken up, if there is one."""
-    return Comparison.from_log(path) if path is not None and path.is_file() and path.stat().st_size else None
+def _before(path: Path | None, plan: Plan) -> Comparison | None:
+    """The run that is to be taken up, if there is one: of the same plan, but for what only the models can tell."""
+    if path is None or not is_begun(path):
+        return None
+    found = Comparison.from_log(path)
+    require_same(found.plan, plan, path)
+    return found
 
 
 def _stops(bench: Bench, schedule: Schedule, journal: Journal, on_progress: Callable[[str], object]) -> Generator[None]:
@@ -168,10 +180,17 @@ def _metrics(
 ) -> list[Metric]:
     if not stages or not all(callable(stage) for stage in stages.values()):
         raise InputError("run is a callable, or a mapping of names to callables with one at the least")
-    scores = [Metric(_name_of(score), score)] if callable(score) else list(score)
+    unnamed = next((name for name in stages if not isinstance(name, str) or not name or name != name.strip()), None)
+    if unnamed is not None:
+        raise InputError(f"run: a stage has a name without spaces around it, got {unnamed!r}")
+    scores = [Metric(_name_of(score), score)] if callable(score) else score
+    if not isinstance(scores, Sequence):
+        raise InputError(f"score is a callable, or a list of Metric(name, callable), got {score!r}")
     for metric in scores:
-        if not isinstance(metric, Metric) or metric.measure is None:
+        if not isinstance(metric, Metric) or not callable(metric.measure):
             raise InputError(f"score is a callable, or a list of Metric(name, callable), got {metric!r}")
+        if not isinstance(metric.name, str) or not metric.name.strip():
+            raise InputError(f"score: a metric has a name, got {metric.name!r}")
     parts = [latency(name) for name in stages] if len(stages) > 1 else []
     metrics = [*scores, latency(margin=margin), *parts, failures()]
     names = [metric.name for metric in metrics]
@@ -187,6 +206,8 @@ def _name_of(score: Callable[[Any, Any], float]) -> str:
 
 
 def _primary(asked: Sequence[str], metrics: Sequence[Metric]) -> tuple[str, ...]:
+    if isinstance(asked, str):
+        raise InputError(f"primary is a list of names, got the string {asked!r}; write [{asked!r}]")
     unknown = sorted(set(asked) - {metric.name for metric in metrics})
     if unknown:
         known = ", ".join(repr(metric.name) for metric in metrics)
@@ -194,10 +215,14 @@ def _primary(asked: Sequence[str], metrics: Sequence[Metric]) -> tuple[str, ...]
     return tuple(asked) or tuple(metric.name for metric in metrics if metric.measure is not None) or (LATENCY,)
 
 
-def _require_counts(**counts: int | None) -> None:
+def _require_counts(least: int, **counts: int | None) -> None:
     for name, count in counts.items():
-        if count is not None and (not isinstance(count, int) or count < 1):
-            raise InputError(f"{name} is a whole number from 1, got {count!r}")
+        if count is not None and (not isinstance(count, int) or count < least):
+            raise InputError(f"{name} is a whole number from {least}, got {count!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float))
 
 
 def _require_ram(cache: ModelCache, models: set[str]) -> None:
@@ -216,6 +241,19 @@ def _groups(cache: ModelCache, models: Sequence[str], failed: Mapping[str, str])
     alive = [model for model in models if model not in failed]
     groups = group_models(alive, lambda names: cache.plan(*names).fits) if alive else ((),)
     return ((*groups[0], *failed), *groups[1:])
+
+
+def _require_room(cache: ModelCache, groups: Groups, failed: Mapping[str, str], path: str) -> None:
+    """Groups of a run that is taken up still fit; else calls would fail for want of room and be counted as failures."""
+    for group in groups:
+        alive = [model for model in group if model not in failed]
+        if len(alive) > 1 and not cache.plan(*alive).fits:
+            raise InputError(
+                f"in this run {', '.join(alive)} were in place together, and now they do not fit; give the cache as "
+                "much room as it had, or another file to begin anew",
+                path,
+                1,
+            )
 
 
 def _promotions(

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from modelcache import ModelCache
+from modelcache import Effective, ModelCache, load_config
 from modelcache.ab.assignment import Assignment, Layer, Split, Why, mask
 from modelcache.ab.inputs import InputError
+from modelcache.ab.metrics import FAILURES
 
 FORMAT = "modelcache-ab-exposure"
+#: In seconds, of every exposure: of the whole block, and until the model was usable.
+SECONDS, WAIT = "seconds", "wait_s"
+#: What is known of every exposure without being recorded.
+MEASURED = (SECONDS, WAIT, FAILURES)
+
+_LOG = logging.getLogger("modelcache.ab")
 
 
 @dataclass(slots=True)
@@ -45,14 +53,21 @@ class Serving:
         """Keep figures of this call for the log.
 
         Raises:
-            InputError: One is not a finite number.
+            InputError: One is not a finite number, or is called like what is measured anyway. None of them is kept.
         """
+        found: dict[str, float] = {}
         for name, value in metrics.items():
-            if not math.isfinite(value):
+            if name in MEASURED:
+                raise InputError(f"{name!r} is measured of every exposure; give yours another name")
+            try:
+                found[name] = float(value)
+            except (TypeError, ValueError, OverflowError):
+                found[name] = math.nan
+            if not math.isfinite(found[name]):
                 raise InputError(
-                    f"{name!r} is {value}, but a metric is a finite number; leave it out where there is none"
+                    f"{name!r} is {value!r}, but a metric is a finite number; leave it out where there is none"
                 )
-            self.metrics[name] = float(value)
+        self.metrics.update(found)
 
 
 class Experiment:
@@ -68,9 +83,10 @@ class Experiment:
         share: Of all units, how many take part; raise it to ramp up.
         layer: Experiments of one layer with slices apart never share a unit.
         overrides: Unit -> arm, for testers; they do not count.
-        is_on: The kill switch: `False` sends everybody to the control.
+        is_on: The kill switch: `False` sends everybody to the control. It may be set later, too.
         log: Where exposures are appended, JSON lines, one write each: several processes may share it, and a log may be
-            renamed away under them. Units are masked. `None` logs nothing.
+            renamed away under them. Units are masked. `None` logs nothing. What cannot be written is lost with a
+            warning: no request fails for it.
         now: Wall time, for the log.
         clock: In seconds.
 
@@ -98,16 +114,64 @@ class Experiment:
             raise InputError(f"experiment {name!r}: models names the arm {strange[0]!r}, but there are {list(arms)!r}")
         self.models = {arm: (models or {}).get(arm, arm) for arm in arms}
         self._log = None if log is None else Path(log)
+        self._is_log_lost = False
         self._now = now
         self._clock = clock
+
+    @classmethod
+    def from_config(cls, found: Effective | str | PathLike[str], name: str) -> Experiment:
+        """An experiment as ``ab.experiments`` of a configuration describes it; its arms are models of the same file.
+
+        Args:
+            found: The configuration, or its file.
+            name: Of the experiment.
+
+        Raises:
+            ConfigError: The file has problems.
+            InputError: There is no such experiment, or what it says cannot be.
+        """
+        found = found if isinstance(found, Effective) else load_config(str(found))
+        experiments = found.settings.ab.experiments
+        if name not in experiments:
+            listed = ", ".join(experiments) or "none"
+            raise InputError(f"there is no experiment {name!r}; the configuration has: {listed}", found.path or "")
+        asked, folder = experiments[name], Path(found.folder)
+        return cls(
+            name,
+            asked.arms,
+            share=asked.share,
+            layer=None if asked.layer is None else Layer(asked.layer.name, asked.layer.start, asked.layer.end),
+            overrides=asked.overrides,
+            is_on=asked.is_on,
+            log=None if asked.log is None else folder / asked.log,
+        )
 
     @property
     def name(self) -> str:
         """Of the experiment."""
         return self.split.name
 
+    @property
+    def is_on(self) -> bool:
+        """The kill switch: `False` sends everybody to the control, testers included, from the next unit on.
+
+        It may be set from any thread, and holds for this object. Whoever is being served keeps the arm.
+
+        Raises:
+            InputError: It is set to something else than `True` or `False`.
+        """
+        return self.split.is_on
+
+    @is_on.setter
+    def is_on(self, is_on: bool) -> None:
+        self.split = replace(self.split, is_on=is_on)
+
     def assign(self, unit: str) -> Assignment:
-        """The arm of a unit, without serving or logging anything."""
+        """The arm of a unit, without serving or logging anything.
+
+        Raises:
+            InputError: The unit is not text.
+        """
         return self.split.assign(unit)
 
     @contextmanager
@@ -121,6 +185,9 @@ class Experiment:
             unit: Who is served; sticks to its arm.
             timeout: Seconds to wait for the model.
             request: Goes into the log as it is.
+
+        Raises:
+            InputError: The unit is not text.
         """
         serving, start_s = self._begin(cache, unit)
         try:
@@ -176,16 +243,31 @@ class Experiment:
             "request": request,
             "model": self.models[serving.arm],
             "tier": serving.tier,
-            "wait_s": serving.wait_s,
-            "seconds": self._clock() - start_s,
+            WAIT: serving.wait_s,
+            SECONDS: self._clock() - start_s,
             "metrics": serving.metrics,
             "error": "" if error is None else type(error).__name__,
         }
-        text = json.dumps(line, allow_nan=False) + "\n"
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        # One write to a file opened for appending: lines of several threads and processes do not mix.
-        descriptor = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, text.encode())
-        finally:
-            os.close(descriptor)
+            _append(self._log, json.dumps(line, allow_nan=False) + "\n")
+        # Not only what the system refuses: `metrics` is the caller's to fill. The unit was served either way.
+        except (OSError, TypeError, ValueError) as failure:
+            if not self._is_log_lost:
+                _LOG.warning(
+                    "exposures of experiment=%s are lost until log=%s can be written: %s", self.name, self._log, failure
+                )
+            self._is_log_lost = True
+        else:
+            self._is_log_lost = False
+
+
+def _append(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One write to a file opened for appending: lines of several threads and processes do not mix.
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        left = text.encode()
+        while left:  # A disk that is full takes a part, and says so when asked for the rest.
+            left = left[os.write(descriptor, left) :]
+    finally:
+        os.close(descriptor)

@@ -1,15 +1,19 @@
 """What an exposure log says: whether units were shared out as planned, and whether an arm does better.
 
-Units are compared in pairs, the n-th new unit of an arm with the n-th of the control. Which unit is in which arm is by
-lot, so the differences are symmetric where the arms are the same, and the verdicts hold at every look at a growing log.
+Units are compared in pairs of one of an arm and one of the control that came at about the same time (`_pairs`). Which
+unit is in which arm is by lot, so the differences are symmetric where the arms are the same, also where the weights are
+uneven and the figures drift. Each unit counts with the first figure that it gave, so that what one look has judged the
+next look does not change: the verdicts hold at every look at a growing log.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from statistics import fmean
@@ -19,8 +23,8 @@ from rich.table import Table
 from rich.text import Text
 
 from modelcache.ab.assignment import Why
-from modelcache.ab.experiment import FORMAT
-from modelcache.ab.inputs import InputError, json_lines
+from modelcache.ab.experiment import FORMAT, MEASURED, SECONDS, WAIT
+from modelcache.ab.inputs import InputError, is_finite, json_lines
 from modelcache.ab.metrics import FAILURES, Metric
 from modelcache.ab.statistics import share_p
 from modelcache.ab.table import new_table, verdict_table
@@ -28,9 +32,13 @@ from modelcache.ab.verdicts import Differences, Judgement, judge
 
 #: Below this chance of coming about by itself, a share of units is taken for a fault of the set-up.
 ALARM_P = 0.001
-#: Measured of every exposure.
-_SECONDS, _WAIT = "seconds", "wait_s"
-_KEYS = ("experiment", "arm", "weights", "why", "unit", "tier", _WAIT, _SECONDS, "metrics", "error")
+#: So many units that came one after the other are matched with each other. In fewer, chance leaves more of an even
+#: split without a partner; in more, partners came further apart, and the figures drift between them.
+_BLOCK = 20
+#: Errors by which a caller leaves, in asyncio, in trio, or as a generator or the process ends: no fault of an arm.
+_LEFT = frozenset({"CancelledError", "Cancelled", "GeneratorExit", "KeyboardInterrupt", "SystemExit"})
+_TEXTS = ("experiment", "arm", "why", "unit", "tier", "error")
+_KEYS = (*_TEXTS, "weights", "metrics", WAIT, SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +49,16 @@ class ArmExposures:
         arm: Its name.
         num_units: That take part; `num_exposures` times they were served.
         num_failed: Exposures that ended in an error.
+        num_left: Exposures that the caller did not wait for, as a client that goes away: neither failed nor measured.
         tiers: How often the model was found on each tier: an arm that is found cold more often is slower for that.
-        means: Of each metric, by unit.
+        means: Of each metric, over all exposures of each unit; the verdicts are by the first of each.
     """
 
     arm: str
     num_units: int
     num_exposures: int
     num_failed: int
+    num_left: int
     tiers: Mapping[str, int]
     means: Mapping[str, float]
 
@@ -62,7 +72,8 @@ class Analysis:
         arms: The first is the control.
         judgements: Of each other arm, by each metric.
         share_p: The chance that the units were shared out by the weights; `alarm` says if it is too small.
-        num_crossing: Units that were served by more than one arm: nought, unless weights were changed.
+        num_crossing: Units that were served by more than one arm: nought, unless weights were changed. They count where
+            they came first, with what they did there.
         num_overridden: Exposures of testers, which do not count.
     """
 
@@ -86,25 +97,60 @@ class Analysis:
 
 
 @dataclass(slots=True)
-class _Seen:
-    """Everything of one experiment."""
+class _Unit:
+    """One unit, in the arm that it had when it first came.
 
-    weights: dict[str, float]
-    units: dict[str, dict[str, list[Mapping[str, Any]]]] = field(default_factory=dict)
-    arms_of: dict[str, set[str]] = field(default_factory=dict)
+    Attributes:
+        arm: Its name.
+        weights: The odds by which it got there; units are only matched where these were the same.
+        lines: Its exposures there. Later ones by other weights are left out: who stays in an arm when the weights
+            change is not by lot alone.
+    """
+
+    arm: str
+    weights: tuple[tuple[str, float], ...]
+    lines: list[Mapping[str, Any]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """Everything of one experiment.
+
+    Attributes:
+        arms: In the order in which the weights named them.
+        units: In the order in which they came.
+        first: Metric -> unit -> the first figure that it gave, in the order in which they came.
+        expected: How many units each arm would have by the weights.
+        crossing: Units that another arm served later.
+        num_overridden: Exposures that do not count.
+    """
+
+    arms: dict[str, None] = field(default_factory=dict)
+    units: dict[str, _Unit] = field(default_factory=dict)
+    first: dict[str, dict[str, float]] = field(default_factory=dict)
     expected: Counter[str] = field(default_factory=Counter)
+    crossing: set[str] = field(default_factory=set)
     num_overridden: int = 0
 
     def add(self, line: Mapping[str, Any]) -> None:
         if line["why"] == Why.OVERRIDE:
             self.num_overridden += 1
             return
-        is_new = line["unit"] not in self.arms_of
-        self.units.setdefault(line["arm"], {}).setdefault(line["unit"], []).append(line)
-        self.arms_of.setdefault(line["unit"], set()).add(line["arm"])
-        if is_new:
-            for arm, weight in line["weights"].items():
-                self.expected[arm] += weight
+        name, arm, weights = line["unit"], line["arm"], tuple(sorted(line["weights"].items()))
+        self.arms.update(dict.fromkeys(line["weights"]))
+        if name not in self.units:
+            self.units[name] = _Unit(arm, weights)
+            self.expected.update(line["weights"])
+        unit = self.units[name]
+        if arm != unit.arm:
+            self.crossing.add(name)
+        if (arm, weights) == (unit.arm, unit.weights):
+            unit.lines.append(line)
+            for metric, value in _figures(line).items():
+                self.first.setdefault(metric, {}).setdefault(name, value)
+
+    def units_of(self, arm: str) -> list[_Unit]:
+        return [unit for unit in self.units.values() if unit.arm == arm]
 
 
 def analyse(
@@ -118,14 +164,18 @@ def analyse(
         level: The chance of a wrong verdict in one experiment, where arms are the same.
 
     Raises:
-        InputError: No such file, no exposures in it, or a line that is not one.
+        InputError: No such file, no exposures in it, a line that is not one, or a metric that is in none of them.
     """
     seen: dict[str, _Seen] = {}
     for line in _lines(Path(path)):
-        seen.setdefault(line["experiment"], _Seen(line["weights"])).add(line)
+        seen.setdefault(line["experiment"], _Seen()).add(line)
     if not seen:
         raise InputError("no exposures in this file yet; serve some units first", str(path))
-    lower = {*lower_is_better, _SECONDS, _WAIT, FAILURES}
+    known = set(MEASURED).union(*(one.first for one in seen.values()))
+    lower = {*lower_is_better, *MEASURED}
+    if lower - known:
+        listed = ", ".join(map(repr, sorted(known)))
+        raise InputError(f"no metric is called {min(lower - known)!r}; this log has {listed}", str(path))
     return tuple(_analysis(name, one, lower, level) for name, one in seen.items())
 
 
@@ -137,6 +187,8 @@ def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
             line = json.loads(text)
             problem = _problem_of(line)
         except ValueError as error:
+            if not text.endswith(b"\n"):
+                return  # The last line, which is just being written or was torn by a crash.
             problem = str(error)
         if problem:
             words = f"this is not a line of an exposure log ({problem}); take it out, or give another file"
@@ -145,6 +197,7 @@ def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _problem_of(line: object) -> str:
+    """Why this is no exposure; empty if it is one."""
     if not isinstance(line, dict):
         return "it is not an object"
     if line.get("format") != FORMAT:
@@ -152,80 +205,124 @@ def _problem_of(line: object) -> str:
     missing = [key for key in _KEYS if key not in line]
     if missing:
         return f"it has no {missing[0]!r}"
+    for key in _TEXTS:
+        if not isinstance(line[key], str):
+            return f"its {key!r} is {line[key]!r}, not text"
+    for key in ("weights", "metrics"):
+        if not isinstance(line[key], dict):
+            return f"its {key!r} are {line[key]!r}, not numbers by name"
+    for key, number in chain(line["weights"].items(), line["metrics"].items(), ((k, line[k]) for k in (WAIT, SECONDS))):
+        if not is_finite(number):
+            return f"its {key!r} is {number!r}, not a finite number"
+    if min(line["weights"].values(), default=0) <= 0:
+        return f"its weights are {line['weights']}, not all positive"
+    if line["why"] not in (Why.ASSIGNED, Why.OVERRIDE):
+        return f"its why is {line['why']!r}, not {str(Why.ASSIGNED)!r} or {str(Why.OVERRIDE)!r}"
     return "" if line["arm"] in line["weights"] else f"its arm {line['arm']!r} is none of its weights"
 
 
 def _analysis(name: str, seen: _Seen, lower: set[str], level: float) -> Analysis:
-    crossing = {unit for unit, arms in seen.arms_of.items() if len(arms) > 1}
-    figures = {
-        arm: [_figures(lines) for unit, lines in seen.units.get(arm, {}).items() if unit not in crossing]
-        for arm in seen.weights
-    }
-    names = sorted({metric for units in figures.values() for unit in units for metric in unit})
     metrics = [
-        Metric(name, None, "lower" if name in lower else "higher", unit="s" if name in (_SECONDS, _WAIT) else "")
-        for name in names
+        Metric(name, None, "lower" if name in lower else "higher", unit="s" if name in (SECONDS, WAIT) else "")
+        for name in sorted(seen.first)
+        if name != FAILURES or any(seen.first[FAILURES].values())
     ]
-    control, *others = seen.weights
+    control, *others = seen.arms
     found = [
-        _differences(metric, arm, control, figures[arm], figures[control])
+        Differences(metric, arm, control, "unit pair", tuple(_differences(seen, metric.name, arm, control)))
         for metric in metrics
-        if metric.name != FAILURES or any(unit[FAILURES] for units in figures.values() for unit in units)
         for arm in others
     ]
+    arms = tuple(_arm(arm, seen.units_of(arm)) for arm in seen.arms)
     return Analysis(
         name,
-        tuple(_arm(arm, seen.units.get(arm, {}), figures[arm]) for arm in seen.weights),
+        arms,
         judge(found, level=level, peeked=True),
-        share_p([len(seen.units.get(arm, {})) for arm in seen.weights], [seen.expected[arm] for arm in seen.weights]),
-        len(crossing),
+        share_p([arm.num_units for arm in arms], [seen.expected[arm] for arm in seen.arms]),
+        len(seen.crossing),
         seen.num_overridden,
     )
 
 
-def _figures(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Of one unit: the mean of each metric over its exposures."""
+def _figures(line: Mapping[str, Any]) -> dict[str, float]:
+    """Of one exposure; of one that failed only that it did, and none of one that the caller did not wait for."""
+    if line["error"] in _LEFT:
+        return {}
+    if line["error"]:
+        return {FAILURES: 1.0}
+    return {**line["metrics"], SECONDS: line["seconds"], WAIT: line["wait_s"], FAILURES: 0.0}
+
+
+def _differences(seen: _Seen, metric: str, arm: str, control: str) -> Iterator[float]:
+    values = seen.first[metric]
+    arms = {name: seen.units[name].arm for name in values if seen.units[name].arm in (arm, control)}
+    waiting: dict[tuple[tuple[str, float], ...], dict[str, str]] = {}
+    for name, its in arms.items():
+        weights = seen.units[name].weights
+        block = waiting.setdefault(weights, {})
+        block[name] = its
+        if len(block) == _BLOCK:
+            for mine, other in _pairs(waiting.pop(weights), arm):
+                yield values[mine] - values[other]
+
+
+def _pairs(arms: Mapping[str, str], arm: str) -> Iterator[tuple[str, str]]:
+    """Match each unit of the rarer of two arms with one of the other arm, drawn by lot without looking at the arms.
+
+    Exchange the arms of two partners: the units were as likely to be given out that way, because their odds were the
+    same, and as likely to be matched that way, because each matching of so many with so many is. So each partner is as
+    likely to be the one in `arm`, whatever the other pairs are: where the arms are the same, the differences have signs
+    like coin flips, for any weights and any drift.
+
+    Args:
+        arms: Of each unit of one block, one of two.
+        arm: The one whose units come first in the pairs.
+    """
+    # The lot is a hash, so that the same log always gives the same pairs.
+    shuffled = sorted(arms, key=lambda unit: hashlib.sha256(f"pairs\0{unit}".encode()).digest())
+    ours = [unit for unit in shuffled if arms[unit] == arm]
+    theirs = [unit for unit in shuffled if arms[unit] != arm]
+    return zip(ours, theirs, strict=False)
+
+
+def _arm(arm: str, units: Sequence[_Unit]) -> ArmExposures:
+    lines = [line for unit in units for line in unit.lines]
     values: dict[str, list[float]] = {}
-    for line in lines:
-        values.setdefault(FAILURES, []).append(float(bool(line["error"])))
-        if not line["error"]:
-            for name, value in {**line["metrics"], _SECONDS: line["seconds"], _WAIT: line["wait_s"]}.items():
-                values.setdefault(name, []).append(value)
-    return {name: fmean(each) for name, each in values.items()}
-
-
-def _differences(
-    metric: Metric, arm: str, control: str, mine: Sequence[Mapping[str, float]], its: Sequence[Mapping[str, float]]
-) -> Differences:
-    ours = [unit[metric.name] for unit in mine if metric.name in unit]
-    theirs = [unit[metric.name] for unit in its if metric.name in unit]
-    return Differences(metric, arm, control, "unit pair", tuple(a - b for a, b in zip(ours, theirs, strict=False)))
-
-
-def _arm(
-    arm: str, units: Mapping[str, Sequence[Mapping[str, Any]]], figures: Sequence[Mapping[str, float]]
-) -> ArmExposures:
-    lines = [line for each in units.values() for line in each]
-    names = {name for unit in figures for name in unit}
+    for unit in units:
+        for name, value in _means(unit).items():
+            values.setdefault(name, []).append(value)
     return ArmExposures(
         arm,
         len(units),
         len(lines),
-        sum(bool(line["error"]) for line in lines),
+        sum(bool(line["error"]) and line["error"] not in _LEFT for line in lines),
+        sum(line["error"] in _LEFT for line in lines),
         dict(Counter(line["tier"] for line in lines)),
-        {name: fmean(unit[name] for unit in figures if name in unit) for name in sorted(names)},
+        {name: fmean(values[name]) for name in sorted(values)},
     )
+
+
+def _means(unit: _Unit) -> dict[str, float]:
+    """Of each metric, over the unit's exposures."""
+    values: dict[str, list[float]] = {}
+    for line in unit.lines:
+        for name, value in _figures(line).items():
+            values.setdefault(name, []).append(value)
+    return {name: fmean(each) for name, each in values.items()}
 
 
 def as_tables(found: Analysis) -> Iterator[Table | Text]:
     """What was found, for a terminal."""
     yield Text(f"{found.experiment}: {sum(arm.num_units for arm in found.arms)} units", "bold")
     names = sorted({name for arm in found.arms for name in arm.means})
-    arms = new_table("arm", ">units", ">exposures", ">failed", ">vram/ram/disk", *(f">{name}" for name in names))
+    arms = new_table(
+        "arm", ">units", ">exposures", ">failed", ">left", ">vram/ram/disk", *(f">{name}" for name in names)
+    )
     for arm in found.arms:
         tiers = "/".join(str(arm.tiers.get(tier, 0)) for tier in ("vram", "ram", "disk"))
         means = [f"{arm.means[name]:.4g}" if name in arm.means else "-" for name in names]
-        arms.add_row(Text(arm.arm), str(arm.num_units), str(arm.num_exposures), str(arm.num_failed), tiers, *means)
+        counts = (arm.num_units, arm.num_exposures, arm.num_failed, arm.num_left)
+        arms.add_row(Text(arm.arm), *map(str, counts), tiers, *means)
     yield arms
     yield verdict_table(found.judgements)
     for one in found.judgements:
@@ -233,9 +330,9 @@ def as_tables(found: Analysis) -> Iterator[Table | Text]:
     asides = f"{found.num_overridden} exposures of overrides do not count"
     if found.num_crossing:
         asides += (
-            f"; {found.num_crossing} units were served by several arms and do not count: were the weights changed?"
+            f"; {found.num_crossing} units were served by several arms and count in their first: were weights changed?"
         )
-    yield Text(f"{asides}. Intervals hold at every look (confidence sequences).", "dim")
+    yield Text(f"{asides}. Verdicts are by the first figure of each unit, and hold at every look.", "dim")
 
 
 def as_json(found: Analysis) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Comparisons and experiments as the section `ab` of a configuration describes them."""
+"""The comparison that the section `ab` of a configuration describes; for experiments see `Experiment.from_config`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from modelcache import Effective, ModelCache, load_config
-from modelcache.ab.assignment import Layer
 from modelcache.ab.compare import compare
 from modelcache.ab.comparison import Comparison
-from modelcache.ab.experiment import Experiment
 from modelcache.ab.inputs import InputError
 from modelcache.ab.metrics import Metric
 
@@ -40,7 +38,14 @@ def compare_from_config(
     if asked is None:
         raise InputError("there is no 'ab.compare' to run; say there what to compare", where)
     scores = [
-        Metric(name, _function(score.measure, where), score.better, score.scale, score.margin)  # type: ignore[arg-type]
+        Metric(
+            name,
+            _function(score.measure, where),
+            score.better,  # type: ignore[arg-type]
+            score.scale,  # type: ignore[arg-type]
+            score.margin,
+            bounds=score.bounds,
+        )
         for name, score in asked.scores.items()
     ]
     folder = Path(found.folder)
@@ -53,6 +58,9 @@ def compare_from_config(
         repeats=asked.repeats,
         seed=asked.seed,
         latency_margin=asked.latency_margin,
+        level=asked.level,
+        primary=asked.primary,
+        warm_up=asked.warm_up,
         stop_early=asked.stop_early,
         max_items=asked.max_items,
         max_seconds=asked.max_time,
@@ -60,28 +68,6 @@ def compare_from_config(
         log=None if asked.log is None else folder / asked.log,
         on_progress=on_progress,
     )
-
-
-def experiments_from_config(found: Effective | str | PathLike[str]) -> dict[str, Experiment]:
-    """The experiments of a configuration, by name; their models are those of the same configuration.
-
-    Raises:
-        ConfigError: The file has problems.
-    """
-    found = found if isinstance(found, Effective) else load_config(str(found))
-    folder = Path(found.folder)
-    return {
-        name: Experiment(
-            name,
-            asked.arms,
-            share=asked.share,
-            layer=None if asked.layer is None else Layer(asked.layer.name, asked.layer.start, asked.layer.end),
-            overrides=asked.overrides,
-            is_on=asked.is_on,
-            log=None if asked.log is None else folder / asked.log,
-        )
-        for name, asked in found.settings.ab.experiments.items()
-    }
 
 
 def _function(entry: str, where: str) -> Callable[..., Any]:

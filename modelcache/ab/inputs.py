@@ -5,11 +5,15 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import pickle  # nosec B403
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import BytesIO, StringIO
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from modelcache import ModelCacheError
 
@@ -57,10 +61,44 @@ class Items:
         """A name for these very items, in this order: a run is only taken up again with the same ones."""
         hashed = hashlib.sha256()
         for value in self.values:
-            # Items of a type that JSON does not know count as their type: their text may hold an address.
-            text = json.dumps(value, sort_keys=True, default=lambda other: f"<{type(other).__qualname__}>")
-            hashed.update(text.encode("utf-8", "surrogatepass") + b"\n")
+            hashed.update(identity(value).encode("utf-8", "surrogatepass") + b"\n")
         return hashed.hexdigest()
+
+
+def identity(value: object) -> str:
+    """A text that is the same for the same value in any process: its JSON, and a hash of what JSON does not know.
+
+    What cannot be pickled either is known by its `repr`. If that is an address, which may be that of another value next
+    time, the text is another one each time: a run with such items is not taken up, rather than mixed with another.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, default=_hashed)
+    except (TypeError, ValueError, RecursionError):
+        # Keys that cannot be sorted or that JSON does not have, or a value that holds itself.
+        return str(_hashed(value))
+
+
+def _hashed(value: object) -> object:
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(identity, value))  # Their order is another one in each process.
+    pickled = BytesIO()
+    try:
+        _Pickler(pickled, protocol=5).dump(value)
+    except Exception:  # noqa: BLE001  # It runs the value's own code, which may raise anything.
+        text = repr(value)
+        return str(uuid4()) if " at 0x" in text else text
+    return hashlib.sha256(pickled.getvalue()).hexdigest()
+
+
+class _Pickler(pickle.Pickler):
+    """Nothing is unpickled. Tensors go in as their bytes: torch's own pickle of one is another in each process."""
+
+    def reducer_override(self, value: object) -> Any:
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(value, torch.Tensor):
+            return NotImplemented
+        data = value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return tuple, ((str(value.dtype), tuple(value.shape), data),)
 
 
 def read_items(items: Iterable[Any] | str | PathLike[str]) -> Items:
@@ -82,12 +120,19 @@ def read_items(items: Iterable[Any] | str | PathLike[str]) -> Items:
             raise InputError("there is no such file of items; give an existing one, or a list", str(path))
         numbered = list(readers[path.suffix.lower()](path))
         found = Items(tuple(item for _, item in numbered), str(path), tuple(line for line, _ in numbered))
-    else:
+    elif isinstance(items, Iterable):
         found = Items(tuple(items))
+    else:
+        raise InputError(f"items is a list, or the path of a .jsonl or .csv file, got {items!r}")
     if len(found.values) < 2:
         count = "one item" if found.values else "no items"
         raise InputError(f"{count}: a comparison needs two at the least, and some thirty to tell much", found.path)
     return found
+
+
+def is_finite(number: object) -> bool:
+    """Whether it is a number that a float holds; JSON has others."""
+    return isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) <= sys.float_info.max
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -107,19 +152,33 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    given = sum(value is not None for key, value in row.items() if key is not None)
-                    given += len(row.get(None) or ())
-                    expected = len(reader.fieldnames or ())
-                    raise InputError(
-                        f"this line has {given} cells, the heading has {expected}; quote cells that hold commas",
-                        str(path),
-                        reader.line_num,
-                    )
-                yield reader.line_num, row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise InputError(f"this line is not CSV in UTF-8 ({error})", str(path), reader.line_num) from None
+    reader = csv.reader(StringIO(_text_of(path), newline=""), strict=True)
+    heading: list[str] = []
+    try:
+        for row in filter(None, reader):
+            if not heading:
+                heading = row
+                doubled = sorted({name for name in row if row.count(name) > 1})
+                if doubled:
+                    words = f"two columns are called {doubled[0]!r}; give one of them another name"
+                    raise InputError(words, str(path), reader.line_num)
+            elif len(row) != len(heading):
+                raise InputError(
+                    f"this line has {len(row)} cells, the heading has {len(heading)}; quote cells that hold commas",
+                    str(path),
+                    reader.line_num,
+                )
+            else:
+                yield reader.line_num, dict(zip(heading, row, strict=True))
+    except csv.Error as error:
+        raise InputError(f"this line is not CSV ({error})", str(path), reader.line_num) from None
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(
+            f"this line is not in UTF-8 ({error.reason}); save the file as UTF-8", str(path), line
+        ) from None

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from itertools import takewhile
 from os import PathLike
 from pathlib import Path
 from typing import Any, TextIO
 
 from modelcache import __version__
 from modelcache.ab.arms import Arm
-from modelcache.ab.inputs import InputError, json_lines
-from modelcache.ab.metrics import Metric
+from modelcache.ab.inputs import InputError, identity, is_finite, json_lines
+from modelcache.ab.metrics import FAILURES, LATENCY, Metric
+from modelcache.ab.statistics import smallest_detectable
 
 FORMAT = "modelcache-ab-run"
+# What the first line begins with.
+_HEAD = f'{{"format": "{FORMAT}"'.encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +30,7 @@ class Plan:
 
     Attributes:
         arms: The first is the baseline.
-        metrics: What is measured; the failures and times too.
+        metrics: What is measured: first the scores, then the time of a call and of its stages, then failures.
         primary: Names of the metrics that decide when enough is known.
         num_items: There are, of which `items` is the digest.
         repeats: Calls of each arm for each item.
@@ -51,10 +58,44 @@ class Plan:
     least_switches: int
     version: str = __version__
 
+    @property
+    def num_used(self) -> int:
+        """Items that the run was to have."""
+        return min(self.num_items, self.max_items or self.num_items)
+
+    @property
+    def detectable(self) -> float:
+        """What so many items show, known before the run: in standard deviations of the differences by item.
+
+        At `level` four times of five, by `smallest_detectable`: at the end, and before anything is corrected.
+        """
+        return smallest_detectable(self.num_used, level=self.level)
+
+    @property
+    def reach(self) -> str:
+        """The same in words."""
+        return (
+            f"Four times of five, {self.num_used} items show a difference of {self.detectable:.2g} standard deviations "
+            "of the differences by item"
+        )
+
+    @property
+    def scores(self) -> tuple[Metric, ...]:
+        """The metrics that a callable gives: they come before the time of a call."""
+        return tuple(takewhile(lambda metric: metric.name != LATENCY, self.metrics))
+
+    @property
+    def times(self) -> tuple[Metric, ...]:
+        """The time of a call and, if it has several, of its stages."""
+        return tuple(metric for metric in self.metrics[len(self.scores) :] if metric.name != FAILURES)
+
     def as_json(self) -> dict[str, Any]:
         """As the first line says it."""
         found = {name: getattr(self, name) for name in Plan.__slots__}
-        found["arms"] = [{"name": a.name, "model": a.model, "settings": _plain(a.settings)} for a in self.arms]
+        found["arms"] = [
+            {"name": a.name, "model": a.model, "settings": {k: _plain(v) for k, v in a.settings.items()}}
+            for a in self.arms
+        ]
         found["metrics"] = [metric.as_json() for metric in self.metrics]
         found["primary"] = list(self.primary)
         found["groups"] = [list(group) for group in self.groups]
@@ -130,13 +171,23 @@ class Arrival:
 
 Entry = Run | Arrival
 _KINDS: dict[str, type[Run | Arrival]] = {"run": Run, "arrival": Arrival}
+# What is of the kind that a field is annotated with.
+_IS: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "bool": lambda value: isinstance(value, bool),
+    "int": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "float": is_finite,
+    "Mapping[str, float]": lambda value: isinstance(value, dict) and all(map(is_finite, value.values())),
+}
 
 
 class Journal:
     """Appends entries to a file, one line each, handed to the system at once; without a file only keeps them.
 
+    The file is locked until it is closed, so that two processes do not go on with one run.
+
     Raises:
-        InputError: The file is of another run, or has a line that is not of a run.
+        InputError: The file is of another run, has a line that is not of a run, or is in use.
     """
 
     def __init__(self, plan: Plan, path: Path | None) -> None:
@@ -145,21 +196,32 @@ class Journal:
         self._file: TextIO | None = None
         if path is None:
             return
-        if path.exists() and path.stat().st_size:
-            _drop_torn_line(path)
-        if path.exists() and path.stat().st_size:
-            found, self.entries = read_journal(path)
-            _require_same(found, plan, path)
-            self._file = path.open("a", encoding="utf-8")
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w", encoding="utf-8")
-            self._write({"format": FORMAT, "plan": plan.as_json()})
+        head = json.dumps({"format": FORMAT, "plan": plan.as_json()}, allow_nan=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+        try:
+            _lock(self._file, path)
+            self._begin(path, head)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, path: Path, head: str) -> None:
+        if not is_begun(path):
+            os.truncate(path, 0)
+            self._put(head)
+            return
+        found, _ = read_journal(path)
+        require_same(found, self.plan, path)
+        # Only now: nothing is cut off a file that is of something else.
+        _drop_torn_line(path)
+        _, self.entries = read_journal(path)
 
     def add(self, entry: Entry) -> None:
         """Record one."""
         self.entries.append(entry)
-        self._write({type(entry).__name__.lower(): asdict(entry)})
+        if self._file is not None:
+            self._put(json.dumps({type(entry).__name__.lower(): asdict(entry)}, allow_nan=False))
 
     def close(self) -> None:
         """Close the file."""
@@ -167,19 +229,39 @@ class Journal:
             self._file.close()
             self._file = None
 
-    def _write(self, line: Mapping[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
-            self._file.flush()
+    def _put(self, line: str) -> None:
+        assert self._file is not None
+        self._file.write(line + "\n")
+        self._file.flush()
+
+
+def is_begun(path: Path) -> bool:
+    """Whether there is something to go on with, or to refuse; not if a crash has torn the first line of a run.
+
+    Raises:
+        InputError: It is a folder.
+    """
+    if path.is_dir():
+        raise InputError("this is a folder; a run is recorded in a file", str(path))
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        first = file.readline()
+    is_torn = not first.endswith(b"\n") and first[: len(_HEAD)] == _HEAD[: len(first)]
+    return not is_torn
 
 
 def read_journal(path: str | PathLike[str]) -> tuple[Plan, list[Entry]]:
     """What a file of a run says.
 
     Raises:
-        InputError: It is not one, or a line in it is foreign; a last line that a crash has torn is left out.
+        InputError: There is none, it is not one, or a line in it is foreign; a last line that a crash has torn is left
+            out.
     """
     place = Path(path)
+    if not place.is_file():
+        what = "this is a folder" if place.is_dir() else "there is no such file"
+        raise InputError(f"{what}; give the file that compare(log=...) has written", str(place))
     lines = list(json_lines(place))
     if not lines:
         raise InputError("this file is empty; it holds no run", str(place))
@@ -193,8 +275,7 @@ def read_journal(path: str | PathLike[str]) -> tuple[Plan, list[Entry]]:
                 _require_format(found["format"])
                 plan = Plan.from_json(found["plan"])
             else:
-                ((kind, facts),) = found.items()
-                entries.append(_KINDS[kind](**facts))
+                entries.append(_entry(found, plan))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if is_torn and plan is not None:
                 break
@@ -206,9 +287,41 @@ def read_journal(path: str | PathLike[str]) -> tuple[Plan, list[Entry]]:
     return plan, entries
 
 
+def _entry(found: Mapping[str, Any], plan: Plan) -> Entry:
+    """One line.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: It is foreign.
+    """
+    ((kind, facts),) = found.items()
+    entry = _KINDS[kind](**facts)
+    for each in fields(entry):
+        value = getattr(entry, each.name)
+        if not _IS[str(each.type)](value):
+            raise ValueError(f"its {each.name!r} is {value!r}")
+    if isinstance(entry, Arrival):
+        known, name = {arm.model for arm in plan.arms}, entry.model
+    else:
+        known, name = {arm.name for arm in plan.arms}, entry.arm
+        if not (0 <= entry.item < plan.num_items and 0 <= entry.repeat < plan.repeats):
+            raise ValueError(f"there is no item {entry.item}, repeat {entry.repeat}")
+    if name not in known:
+        raise ValueError(f"{name!r} is none of the run's {', '.join(map(repr, sorted(known)))}")
+    return entry
+
+
 def _require_format(found: object) -> None:
     if found != FORMAT:
         raise ValueError(f"its format is {found!r}, not {FORMAT!r}")
+
+
+def _lock(file: TextIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            "this run is going on, here or in another process; wait until it ends, or give another file", str(path)
+        ) from None
 
 
 def _drop_torn_line(path: Path) -> None:
@@ -220,7 +333,12 @@ def _drop_torn_line(path: Path) -> None:
             file.truncate(whole)
 
 
-def _require_same(found: Plan, plan: Plan, path: Path) -> None:
+def require_same(found: Plan, plan: Plan, path: Path) -> None:
+    """Refuse to go on with another run's file.
+
+    Raises:
+        InputError: The plan that was `found` in the file at `path` is of another run; names what differs.
+    """
     before, now = found.as_json(), json.loads(json.dumps(plan.as_json()))
     for key in before:
         if key not in ("groups", "least_switches", "version") and before[key] != now[key]:
@@ -237,11 +355,11 @@ def _cut(value: object) -> str:
     return text if len(text) < 80 else text[:77] + "..."
 
 
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
-        for key, value in settings.items()
-    }
+def _plain(value: object) -> object:
+    """A setting as JSON has it; what it does not know, and what it would give back as something else, as a text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else repr(value)
+    return value if isinstance(value, (str, int, type(None))) else identity(value)
 
 
 def runs_of(entries: list[Entry]) -> Iterator[Run]:

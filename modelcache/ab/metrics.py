@@ -26,9 +26,13 @@ class Metric:
         margin: How much worse is still acceptable: in the metric's unit, or relative for a ratio (0.05 is 5 %). Without
             it no arm is called "no worse".
         unit: Of the numbers: ``""`` or ``"s"``.
+        bounds: The least and the most that the number can be: ``(0.0, 1.0)`` of a share. Only with it can a run that is
+            looked at find an arm "no worse", as can any run in which few items make a difference; and the worse of the
+            two is the score of an item on which an arm failed. Scores that are all 0 or 1 need none.
 
     Raises:
-        InputError: The margin is not a positive number, or the name is taken by what is measured anyway.
+        InputError: The margin is not a positive number, the bounds are not two numbers of which the first is less (and
+            positive, for a ratio), or the name is taken by what is measured anyway.
     """
 
     name: str
@@ -37,6 +41,7 @@ class Metric:
     scale: Literal["difference", "ratio"] = "difference"
     margin: float | None = None
     unit: str = ""
+    bounds: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.better not in ("higher", "lower"):
@@ -45,8 +50,18 @@ class Metric:
             raise InputError(f"metric {self.name!r}: scale is 'difference' or 'ratio', got {self.scale!r}")
         if self.margin is not None and not (isinstance(self.margin, (int, float)) and 0 < self.margin < math.inf):
             raise InputError(f"metric {self.name!r}: a margin is a positive number, got {self.margin!r}")
+        if self.bounds is not None:
+            self._require_bounds(self.bounds)
         if self.measure is not None and self.name in (LATENCY, FAILURES):
             raise InputError(f"metric {self.name!r} is measured of every run; give yours another name")
+
+    def _require_bounds(self, bounds: tuple[float, float]) -> None:
+        are_numbers = len(bounds) == 2 and all(isinstance(end, (int, float)) and math.isfinite(end) for end in bounds)
+        if not are_numbers or not bounds[0] < bounds[1] or (self.scale == "ratio" and bounds[0] <= 0):
+            least = " above nought" if self.scale == "ratio" else ""
+            raise InputError(
+                f"metric {self.name!r}: bounds are the least and the most that it can be{least}, got {bounds!r}"
+            )
 
     @property
     def sign(self) -> int:
@@ -60,6 +75,20 @@ class Metric:
         if self.scale == "difference":
             return self.margin
         return math.log1p(self.margin) if self.better == "lower" else -math.log1p(-min(self.margin, 0.999))
+
+    @property
+    def reach(self) -> float:
+        """The most by which two figures can differ, as they are compared; infinite where no bounds are stated."""
+        if self.name == FAILURES:
+            return 1.0
+        if self.bounds is None:
+            return math.inf
+        return self.on_scale(self.bounds[1]) - self.on_scale(self.bounds[0])
+
+    @property
+    def worst(self) -> float | None:
+        """The worse of the bounds; `None` where none are stated."""
+        return None if self.bounds is None else self.bounds[0 if self.better == "higher" else 1]
 
     def on_scale(self, number: float) -> float:
         """The number as it is compared."""
@@ -97,12 +126,22 @@ class Metric:
             "scale": self.scale,
             "margin": self.margin,
             "unit": self.unit,
+            "bounds": None if self.bounds is None else list(self.bounds),
         }
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Metric:
         """What `as_json` gave; it measures nothing again."""
-        return cls(found["name"], None, found["better"], found["scale"], found["margin"], found["unit"])
+        bounds = found.get("bounds")
+        return cls(
+            found["name"],
+            None,
+            found["better"],
+            found["scale"],
+            found["margin"],
+            found["unit"],
+            None if bounds is None else tuple(bounds),
+        )
 
 
 def latency(stage: str = "", margin: float | None = None) -> Metric:

@@ -9,10 +9,10 @@ from pathlib import Path
 from modelcache import format_bytes, format_seconds
 from modelcache.ab import plots
 from modelcache.ab.comparison import Comparison
-from modelcache.ab.metrics import FAILURES, LATENCY, Metric
+from modelcache.ab.metrics import FAILURES, Metric
 from modelcache.ab.table import fine_print, p_words
 from modelcache.ab.verdicts import Judgement, Verdict
-from modelcache.page_style import style_sheet
+from modelcache.page_style import page_colour, style_sheet
 
 #: Items shown side by side.
 _NUM_DISAGREEMENTS = 10
@@ -36,17 +36,20 @@ def write_page(path: Path, result: Comparison) -> None:
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(title)}</title><style>{style_sheet()}{_STYLE}</style></head><body>{body}</body></html>\n",
         encoding="utf-8",
+        # Half a character, as a tokenizer may give, is no reason to have no report.
+        errors="replace",
     )
 
 
 def _head(result: Comparison, title: str) -> str:
     keys = "".join(
-        f'<span style="--c:var(--m{i})">{escape(arm.arm.name)} {format_bytes(arm.vram_bytes)}</span>'
+        f'<span style="--c:{page_colour(i)}">{escape(arm.arm.name)} {format_bytes(arm.vram_bytes)}</span>'
         for i, arm in enumerate(result.arms)
     )
     sentences = "".join(f"<p>{escape(one.sentence)}.</p>" for one in result.judgements if _is_primary(result, one))
     return (
-        f'<h1>{escape(title)}</h1><p class="dim">{escape(result.ends)}; the first arm is the baseline</p>'
+        f'<h1>{escape(title)}</h1><p class="dim">{escape(result.ends)}; the others are compared with '
+        f"{escape(result.plan.arms[0].name)}</p>"
         f'<div class="key">{keys}</div>{sentences}'
     )
 
@@ -92,14 +95,13 @@ def _verdict_row(one: Judgement) -> str:
 
 
 def _plots(result: Comparison) -> Sequence[str]:
-    scores = [m for m in result.plan.metrics if m.name != FAILURES and not m.name.endswith(LATENCY)]
-    latency = next(m for m in result.plan.metrics if m.name == LATENCY)
+    scores, (latency, *_) = result.plan.scores, result.plan.times
     if not result.num_items:
         return ["<h2>Plots</h2><p>No item was answered by every arm yet.</p>"]
     margin = "; dotted, the margin" if any(one.differences.metric.margin for one in result.judgements) else ""
     drawn = [
         _section(
-            "Differences from the baseline",
+            f"Differences from {result.plan.arms[0].name}",
             plots.forest(result),
             f"Mean and interval; the line is no difference{margin}. Each row has its own scale.",
         ),
@@ -135,10 +137,9 @@ def _section(heading: str, svg: str, words: str) -> str:
 
 
 def _disagreements(result: Comparison) -> str:
-    scores = [m for m in result.plan.metrics if m.name != FAILURES and not m.name.endswith(LATENCY)]
-    if not scores or not result.num_items:
+    if not result.plan.scores or not result.num_items:
         return ""
-    metric = scores[0]
+    metric = result.plan.scores[0]
     shown = "".join(_disagreement(result, metric, item) for item in result.disagreements(metric)[:_NUM_DISAGREEMENTS])
     return f"<h2>The largest disagreements, by {escape(metric.name)}</h2>{shown}"
 
@@ -146,7 +147,7 @@ def _disagreements(result: Comparison) -> str:
 def _disagreement(result: Comparison, metric: Metric, item: int) -> str:
     words = result.items[item] if item < len(result.items) else f"item {item}"
     sides = "".join(
-        f'<div style="--c:var(--m{i})"><span class="dim">{escape(arm.name)}, '
+        f'<div style="--c:{page_colour(i)}"><span class="dim">{escape(arm.name)}, '
         f"{escape(_score(result, metric, arm.name, item))}"
         f"</span><pre>{escape(result.output_of(arm.name, item))}</pre></div>"
         for i, arm in enumerate(result.plan.arms)

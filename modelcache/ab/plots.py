@@ -6,6 +6,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
+from html import escape
 from typing import Any
 
 import matplotlib as mpl
@@ -17,11 +18,12 @@ from modelcache.ab.comparison import Comparison
 from modelcache.ab.journal import Run
 from modelcache.ab.metrics import LATENCY, Metric
 from modelcache.ab.verdicts import Judgement
+from modelcache.page_style import LIGHT, page_colour
 
 # Colours that nothing else has; the page's own are put in their place.
 _INK, _DIM, _LINE = "#010203", "#010204", "#010205"
 _VARIABLES = {_INK: "var(--fg)", _DIM: "var(--dim)", _LINE: "var(--line)"}
-_NUM_COLOURS = 8
+_NUM_COLOURS = len(LIGHT)
 # More points than that say no more, and make the page large.
 _MOST_POINTS = 600
 _SETTINGS: Any = {
@@ -29,6 +31,8 @@ _SETTINGS: Any = {
     "svg.hashsalt": "modelcache",
     "font.family": ["sans-serif"],
     "font.size": 10,
+    # Names are taken literally, dollars too.
+    "text.parse_math": False,
     "text.color": _INK,
     "axes.labelcolor": _DIM,
     "axes.edgecolor": _LINE,
@@ -58,11 +62,12 @@ def _draw(width: float, height: float, label: str, draw: Callable[[Figure], None
     # What identifies the format and the licence of its vocabulary: addresses that a page from one file has no use for.
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\swidth="[^"]*pt" height="[^"]*pt"', "", svg, count=1)
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-    for colour, variable in (*_VARIABLES.items(), *((_colour(i), f"var(--m{i})") for i in range(_NUM_COLOURS))):
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+    for colour, variable in (*_VARIABLES.items(), *((_colour(i), page_colour(i)) for i in range(_NUM_COLOURS))):
         svg = svg.replace(colour, variable)
     # The names that matplotlib gives are the same in each figure, and all figures are on one page.
-    prefix = re.sub(r"\W+", "-", label.lower())
+    # A label of its own makes an id of its own: what is not a plain letter is written as its number.
+    prefix = re.sub(r"[^a-z0-9]", lambda found: f"_{ord(found[0]):x}_", label)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
     return re.sub(r'(url\(|href=")#', rf"\1#{prefix}-", svg)
 

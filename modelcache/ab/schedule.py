@@ -6,8 +6,6 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from modelcache.ab.statistics import smallest_detectable
-
 Groups = tuple[tuple[str, ...], ...]
 #: More models than this are grouped first come, first served: the ways to group them are too many to try.
 _MOST_TRIED = 7
@@ -84,11 +82,6 @@ class Schedule:
                 f"not all fit together: {len(self.blocks)} blocks of {together}; {self.least_switches} promotions at "
                 f"the least, and times are compared by {self.num_pairs} pairs of blocks"
             )
-        reach = smallest_detectable(self.num_items)
-        lines.append(
-            f"four times of five, a difference will be seen that is {reach:.2g} standard deviations of the differences "
-            "by item"
-        )
         return "\n".join(lines)
 
 

@@ -44,23 +44,25 @@ def fine_print(result: Comparison) -> str:
     level = f"{100 * (1 - result.plan.level):g} %"
     how = (
         "Intervals and p-values hold however often the run was looked at (confidence sequences)."
-        if result.plan.stops_early
+        if result.is_peeked
         else "Intervals: BCa bootstrap; p-values: flipped signs, corrected for all comparisons (Holm)."
     )
+    if not result.is_finished and not result.plan.stops_early:
+        how += " They are wider than those of all items will be: the run is unfinished."
     if len(result.plan.groups) > 1:
         how += (
             " Arms that do not fit together ran in turns: their times are compared by pairs of blocks, and what ran "
             "beside them differs."
         )
-    return f"{result.residency}. {how} Intervals are {level}; seed {result.plan.seed}."
+    return f"{result.residency}. {result.plan.reach}. {how} Intervals are {level}; seed {result.plan.seed}."
 
 
 def new_table(*headings: str) -> Table:
-    """A table without lines; a leading ``>`` aligns a column to the right."""
+    """A table without lines; a leading ``>`` aligns a column to the right. Names are taken literally."""
     drawn = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
     for heading in headings:
         drawn.add_column(
-            heading.removeprefix(">").upper(), justify="right" if heading[0] == ">" else "left", overflow="fold"
+            Text(heading.removeprefix(">").upper()), justify="right" if heading[0] == ">" else "left", overflow="fold"
         )
     return drawn
 
@@ -92,10 +94,10 @@ def verdict_table(judgements: Sequence[Judgement]) -> Table:
         drawn.add_row(
             Text(one.differences.arm),
             Text(metric.name),
-            metric.change(one.mean),
-            f"{metric.change(one.interval.low)} .. {metric.change(one.interval.high)}",
+            Text(metric.change(one.mean)),
+            Text(f"{metric.change(one.interval.low)} .. {metric.change(one.interval.high)}"),
             p_words(one),
-            metric.amount(one.detectable),
+            Text(metric.amount(one.detectable)),
             f"{len(one.differences.values)} {one.differences.unit}s",
             Text(str(one.verdict), _STYLES[one.verdict]),
         )

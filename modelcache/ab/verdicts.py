@@ -10,8 +10,11 @@ from enum import StrEnum
 from modelcache.ab.metrics import Metric
 from modelcache.ab.statistics import (
     Interval,
+    can_bound_mean,
     holm,
+    leaning,
     mean_interval,
+    mean_margin_p,
     sequence_interval,
     sequence_margin_p,
     sequence_p,
@@ -38,6 +41,9 @@ class Differences:
         arm: The arm, `base` the baseline.
         unit: What one number is: ``item``, or ``block`` where the arms did not fit together and ran in turns.
         values: The differences, in the order in which they came.
+        num_guessed: Units that the arm failed on and the baseline did not, where the score for that is a guess because
+            its bounds are not known: neither "better" nor "no worse" rests on guesses.
+        num_left_out: Units without a number, as one of the arms failed on them.
     """
 
     metric: Metric
@@ -45,6 +51,8 @@ class Differences:
     base: str
     unit: str
     values: tuple[float, ...]
+    num_guessed: int = 0
+    num_left_out: int = 0
 
     @property
     def goodness(self) -> list[float]:
@@ -61,9 +69,10 @@ class Judgement:
         mean: Of the differences, in the metric's unit; for a ratio a relative change (0.03 is 3 % more).
         interval: Of it, for this comparison alone.
         p: Of "no difference", for this comparison alone; `adjusted_p` is corrected for all comparisons (Holm).
-        margin_p: Of "worse by the margin or more", corrected likewise; `None` where no margin was stated.
+        margin_p: Of "worse by the margin or more, in the mean", corrected likewise; `None` where no margin was stated.
         detectable: The difference that so many units show four times out of five.
         peeked: The figures hold however often they were looked at; if not, only at the number of items fixed before.
+        reason: Why a verdict cannot be given, where more than the numbers stands against it; empty otherwise.
     """
 
     differences: Differences
@@ -75,6 +84,7 @@ class Judgement:
     detectable: float
     peeked: bool
     verdict: Verdict
+    reason: str = ""
 
     @property
     def sentence(self) -> str:
@@ -85,8 +95,11 @@ class Judgement:
             return f"{arm} and {base} have no {self.differences.unit} in common by which to compare {metric.name}"
         figures = f"{metric.name} {metric.change(self.mean)}, {_percent(self.interval.confidence)} interval "
         figures += f"{metric.change(self.interval.low)} to {metric.change(self.interval.high)}"
+        if self.differences.num_left_out:
+            figures += f"; without {self.differences.num_left_out} that one of them failed on"
         if self.verdict is Verdict.CANNOT_TELL:
-            return f"{arm} and {base} cannot be told apart on {count} ({figures})"
+            because = f": {self.reason}" if self.reason else ""
+            return f"{arm} and {base} cannot be told apart on {count} ({figures}){because}"
         if self.verdict is Verdict.NO_WORSE:
             assert metric.margin is not None
             return f"{arm} is no worse than {base} by {metric.amount(metric.margin)} ({figures}, {count})"
@@ -100,16 +113,20 @@ class Judgement:
             "baseline": self.differences.base,
             "unit": self.differences.unit,
             "differences": list(self.differences.values),
+            "num_guessed": self.differences.num_guessed,
+            "num_left_out": self.differences.num_left_out,
             "mean": _finite(self.mean),
             "interval": [_finite(self.interval.low), _finite(self.interval.high)],
             "confidence": self.interval.confidence,
             "p": self.p,
             "adjusted_p": self.adjusted_p,
             "margin": self.differences.metric.margin,
+            "reach": _finite(self.differences.metric.reach),
             "margin_p": self.margin_p,
             "detectable": _finite(self.detectable),
             "holds_when_peeked_at": self.peeked,
             "verdict": str(self.verdict),
+            "reason": self.reason,
             "sentence": self.sentence,
         }
 
@@ -126,57 +143,83 @@ def judge(
             however often they are looked at.
         seed: Of the resampling.
     """
-    differing = holm([_p(one.values, peeked=peeked, seed=seed) for one in found])
+    ps = [sequence_p(one.values) if peeked else sign_flip_p(one.values, seed=seed) for one in found]
     with_margin = [one for one in found if one.metric.margin is not None]
     margins = holm([_margin_p(one, peeked=peeked, seed=seed) for one in with_margin])
     margin_p_of = {(one.arm, one.metric.name): p for one, p in zip(with_margin, margins, strict=True)}
     return tuple(
-        _judgement(one, p, margin_p_of.get((one.arm, one.metric.name)), level=level, peeked=peeked, seed=seed)
-        for one, p in zip(found, differing, strict=True)
+        _judgement(
+            one, p, adjusted_p, margin_p_of.get((one.arm, one.metric.name)), level=level, peeked=peeked, seed=seed
+        )
+        for one, p, adjusted_p in zip(found, ps, holm(ps), strict=True)
     )
 
 
 def _judgement(
-    one: Differences, adjusted_p: float, margin_p: float | None, *, level: float, peeked: bool, seed: int
+    one: Differences, p: float, adjusted_p: float, margin_p: float | None, *, level: float, peeked: bool, seed: int
 ) -> Judgement:
     values, metric = one.values, one.metric
     interval = (
-        sequence_interval(values, confidence=1 - level)
+        sequence_interval(values, reach=metric.reach, confidence=1 - level)
         if peeked
-        else mean_interval(values, confidence=1 - level, seed=seed)
+        else mean_interval(values, reach=metric.reach, confidence=1 - level, seed=seed)
     )
     mean = math.fsum(values) / len(values) if values else math.nan
-    if adjusted_p <= level and metric.sign * mean > 0:
-        verdict = Verdict.BETTER
-    elif margin_p is not None and margin_p <= level:
-        verdict = Verdict.NO_WORSE
-    elif adjusted_p <= level:
-        verdict = Verdict.WORSE
-    else:
-        verdict = Verdict.CANNOT_TELL
+    verdict, reason = _verdict(one, mean, adjusted_p, margin_p, level=level, peeked=peeked)
     spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else math.nan
     return Judgement(
         one,
         metric.relative(mean),
         Interval(metric.relative(interval.low), metric.relative(interval.high), interval.confidence),
-        _p(values, peeked=peeked, seed=seed),
+        p,
         adjusted_p,
         margin_p,
         metric.relative(smallest_detectable(len(values), spread, level=level)),
         peeked,
         verdict,
+        reason,
     )
 
 
-def _p(values: Sequence[float], *, peeked: bool, seed: int) -> float:
-    return sequence_p(values) if peeked else sign_flip_p(values, seed=seed)
+def _verdict(
+    one: Differences, mean: float, adjusted_p: float, margin_p: float | None, *, level: float, peeked: bool
+) -> tuple[Verdict, str]:
+    """And the reason, if it is that nothing can be told for more than the numbers."""
+    are_different, way = adjusted_p <= level, one.metric.sign * mean
+    # While peeking the sizes count less than for the mean: where most go one way and the mean another, neither is said.
+    is_split = are_different and peeked and way * leaning(one.goodness) <= 0
+    is_better = are_different and not is_split and way > 0
+    if is_better or (margin_p is not None and margin_p <= level):
+        if one.num_guessed:
+            return Verdict.CANNOT_TELL, _guesses(one)
+        return Verdict.BETTER if is_better else Verdict.NO_WORSE, ""
+    if are_different and not is_split:
+        return Verdict.WORSE, ""
+    if is_split:
+        return Verdict.CANNOT_TELL, "they differ, but most differences go one way and their mean goes the other"
+    return Verdict.CANNOT_TELL, "" if margin_p is None else _missing_range(one, peeked=peeked)
 
 
 def _margin_p(one: Differences, *, peeked: bool, seed: int) -> float:
-    margin = one.metric.margin_on_scale
+    margin, reach = one.metric.margin_on_scale, one.metric.reach
     if peeked:
-        return sequence_margin_p(one.goodness, margin)
-    return sign_flip_p([value + margin for value in one.goodness], alternative="greater", seed=seed)
+        return sequence_margin_p(one.goodness, margin, reach=reach)
+    return mean_margin_p(one.goodness, margin, reach=reach, seed=seed)
+
+
+def _guesses(one: Differences) -> str:
+    return (
+        f"{one.arm} failed on {one.num_guessed} that {one.base} did not fail on, and how bad a score that is says only "
+        "its range; state Metric(bounds=...)"
+    )
+
+
+def _missing_range(one: Differences, *, peeked: bool) -> str:
+    """What it takes to rule out a loss by the margin, where the numbers cannot do it."""
+    if can_bound_mean(one.values, reach=one.metric.reach, peeked=peeked):
+        return ""
+    why, other = ("a run is looked at", ", or run a fixed number of items") if peeked else ("so few units differ", "")
+    return f"where {why}, a loss by the margin is ruled out only within a range; state Metric(bounds=...){other}"
 
 
 def _finite(number: float) -> float | None:

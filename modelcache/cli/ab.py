@@ -19,7 +19,7 @@ app = typer.Typer(name="ab", help="Compare models, and split traffic between the
 _FILE = typer.Argument(help="The configuration. Default: modelcache.yaml.", metavar="FILE")
 _HTML = typer.Option("--html", help="Write the report there, one file.", metavar="FILE")
 _JSON = typer.Option("--json", help="Write the result as JSON to standard output instead of the table.")
-_BLIND = typer.Option("--blind", help="Call the arms A, B, ... in the report.")
+_BLIND = typer.Option("--blind", help="Call the arms A, B, ... by lot, in the report, the table and the JSON.")
 
 
 @contextmanager
@@ -49,13 +49,16 @@ def run(
     with _explained():
         from modelcache.ab.from_config import compare_from_config
 
+        _make_folder(html)
         found = load(file)
         # Functions that lie beside the configuration, or where the command is called, are found.
         for folder in (found.folder, str(Path.cwd())):
             if folder not in sys.path:
                 sys.path.insert(0, folder)
         with ModelCache.from_yaml(str(found.path)) as cache:
-            _show(compare_from_config(cache, found, on_progress=note), html, json=json, blind=blind)
+            # What is said on the way names the models.
+            said = _nothing if blind else note
+            _show(compare_from_config(cache, found, on_progress=said), html, json=json, blind=blind)
 
 
 @app.command(epilog="Examples:\n\nmodelcache ab report run.jsonl --html ab.html")
@@ -70,6 +73,7 @@ def report(
     with _explained():
         from modelcache.ab import Comparison
 
+        _make_folder(html)
         _show(Comparison.from_log(log), html, json=json, blind=blind)
 
 
@@ -84,14 +88,10 @@ def assign(
 ) -> None:
     """Say which arm each unit gets, and why."""
     with _explained():
-        from modelcache.ab import InputError
-        from modelcache.ab.from_config import experiments_from_config
+        from modelcache.ab import Experiment
 
-        known = experiments_from_config(load(file))
-        if experiment not in known:
-            listed = ", ".join(known) or "none"
-            raise InputError(f"there is no experiment {experiment!r}; the configuration has: {listed}")
-        given = [(unit, known[experiment].assign(unit)) for unit in units]
+        found = Experiment.from_config(load(file), experiment)
+        given = [(unit, found.assign(unit)) for unit in units]
         rows = [(unit, one.arm, str(one.why)) for unit, one in given]
         data_console().print(table(("unit", "arm", "why"), rows))
 
@@ -126,10 +126,33 @@ def _show(result: object, html: Path | None, *, json: bool, blind: bool) -> None
     from modelcache.ab.table import print_table
 
     assert isinstance(result, Comparison)
-    if html is not None:
-        result.to_html(html, blind=blind)
-        note(f"report: {html}")
+    shown = result.blinded() if blind else result
     if json:
-        write_text(result.to_json())
+        write_text(shown.to_json())
     else:
-        print_table(result.blinded() if blind else result, sys.stdout)
+        print_table(shown, sys.stdout)
+    if html is not None:
+        try:
+            shown.to_html(html)
+        except OSError as error:
+            complain(f"{html}: the report could not be written ({error})")
+            raise typer.Exit(Exit.FAILED) from error
+        note(f"report: {html}")
+
+
+def _make_folder(html: Path | None) -> None:
+    """Of the report, before anything runs: a run is not to end without one."""
+    from modelcache.ab import InputError
+
+    if html is None:
+        return
+    if html.is_dir():
+        raise InputError("this is a folder; --html is the file of the report", str(html))
+    try:
+        html.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the report cannot be written there ({error}); give another place", str(html)) from error
+
+
+def _nothing(_line: str) -> None:
+    """Say nothing."""

@@ -17,12 +17,14 @@ from modelcache.config.fields import (
     Fraction,
     Idle,
     Name,
+    Number,
     PathText,
     Section,
     Seed,
     Text,
     frozen,
     no_null,
+    no_null_list,
     words_json,
 )
 
@@ -46,6 +48,13 @@ class ScoreSettings(Section):
         default=None,
         description="How much worse is acceptable, in the score's unit. Default: nothing is called no worse.",
     )
+    bounds: tuple[Number, Number] | None = Field(
+        default=None,
+        description=(
+            "The least and the most that it can be, such as [0, 10]: with it also a run that stops early finds an arm "
+            "no worse. Default: [0, 1] if all scores are 0 or 1, otherwise not known."
+        ),
+    )
 
 
 class CompareSettings(Section):
@@ -67,10 +76,18 @@ class CompareSettings(Section):
     latency_margin: Fraction | None = Field(
         default=None, description='How much slower is acceptable, such as "5%". Default: nothing is called no slower.'
     )
+    level: Fraction = Field(
+        default=0.05, description='The chance of a wrong verdict where arms are the same, over all. Default "5%".'
+    )
+    primary: Annotated[tuple[Text, ...], BeforeValidator(no_null_list)] = Field(
+        default=(),
+        description="Metrics that decide when enough is known. Default: the scores, or the time where there are none.",
+    )
+    warm_up: Seed = Field(default=2, description="Calls after each arrival of a model that do not count. Default 2.")
     stop_early: Flag = Field(
         default=False,
         description=(
-            "End as soon as every score is decided; intervals are then wider, and hold at any time. Default false."
+            "End once every primary metric is decided; intervals are then wider, and hold at any time. Default false."
         ),
     )
     max_items: Count | None = Field(default=None, description="Use so many items, drawn by lot. Default: all.")

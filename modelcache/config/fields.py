@@ -82,6 +82,7 @@ Name = Annotated[str, PlainValidator(values.read_name), WithJsonSchema(_NAME_JSO
 Entry = Annotated[str, PlainValidator(values.read_entry), WithJsonSchema(text_json(ENTRY_PATTERN, "my_evaluation:run"))]
 Fraction = Annotated[float, PlainValidator(values.read_fraction), WithJsonSchema(text_json(_PERCENT_PATTERN, "50%"))]
 Amount = Annotated[float, PlainValidator(values.read_amount), WithJsonSchema({"type": "number", "exclusiveMinimum": 0})]
+Number = Annotated[float, PlainValidator(values.read_number), WithJsonSchema({"type": "number"})]
 Seed = Annotated[int, PlainValidator(values.read_seed), WithJsonSchema({"type": "integer", "minimum": 0})]
 
 

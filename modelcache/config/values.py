@@ -263,12 +263,24 @@ def read_fraction(value: object) -> float:
 
 def read_amount(value: object) -> float:
     """A number above 0."""
-    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-    if isinstance(value, Scalar) and not value.quoted and _NUMBER.fullmatch(value.text):
-        number = float(value.text)
+    number = _number(value)
     if number is None or not 0 < number < float("inf"):
         raise _refusal("a number above 0", value)
-    return float(number)
+    return number
+
+
+def read_number(value: object) -> float:
+    """A number."""
+    number = _number(value)
+    if number is None or not float("-inf") < number < float("inf"):
+        raise _refusal("a number", value)
+    return number
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, Scalar) and not value.quoted and _NUMBER.fullmatch(value.text):
+        return float(value.text)
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def read_entry(value: object) -> str:

@@ -12,7 +12,6 @@ import pytest
 from ab.stand import Time, cache_of
 
 from modelcache.ab import Experiment, InputError, Layer, Verdict, analyse
-from modelcache.ab.from_config import experiments_from_config
 
 ARMS = {"a": 0.5, "b": 0.5}
 
@@ -175,7 +174,7 @@ def test_identical_arms_are_told_apart_in_at_most_18_of_200_logs(log):
 
 
 def test_an_arm_that_loses_units_sets_off_the_alarm(log):
-    filled(log, count=2_000, loses=0.2)
+    filled(log, count=3_000, loses=0.2)
     (found,) = analyse(log)
     assert found.share_p < 0.001
     assert "units are not shared out by the weights" in found.alarm
@@ -183,7 +182,7 @@ def test_an_arm_that_loses_units_sets_off_the_alarm(log):
     assert analyse(log)[0].alarm == ""
 
 
-def test_units_that_crossed_over_and_testers_do_not_count(log):
+def test_units_that_crossed_over_count_once_and_testers_do_not_count(log):
     filled(log, count=50)
     first = json.loads(log.read_text().splitlines()[0])
     with log.open("a") as file:
@@ -191,6 +190,7 @@ def test_units_that_crossed_over_and_testers_do_not_count(log):
         file.write(json.dumps({**first, "why": "override", "unit": "tester"}) + "\n")
     (found,) = analyse(log)
     assert (found.num_crossing, found.num_overridden) == (1, 1)
+    assert sum(arm.num_units for arm in found.arms) == sum(arm.num_exposures for arm in found.arms) == 50
     pairs = {len(one.differences.values) for one in found.judgements}
     assert max(pairs) <= 25
 
@@ -236,7 +236,10 @@ def test_experiments_are_made_from_a_configuration(tmp_path):
         "      overrides: {alice: b}\n"
         "      log: logs/e.jsonl\n"
     )
-    found = experiments_from_config(tmp_path / "m.yaml")["size"]
+    found = Experiment.from_config(tmp_path / "m.yaml", "size")
     by_hand = Experiment("size", ARMS, share=0.2, layer=Layer("page", 0.0, 0.5), overrides={"alice": "b"})
     assert found.split == by_hand.split
     assert found._log == tmp_path / "logs" / "e.jsonl"
+    with pytest.raises(InputError) as caught:
+        Experiment.from_config(tmp_path / "m.yaml", "page")
+    assert str(caught.value).endswith("m.yaml: there is no experiment 'page'; the configuration has: size")

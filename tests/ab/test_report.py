@@ -11,6 +11,7 @@ from ab.stand import cache_of
 from typer.testing import CliRunner
 
 from modelcache.ab import Comparison, compare
+from modelcache.ab.journal import Run
 from modelcache.cli.app import app
 
 ITEMS = [float(i) for i in range(1, 31)]
@@ -163,6 +164,49 @@ def test_a_comparison_is_run_from_a_configuration(folder):
     assert not re.search(r"\b(one|two)\b", blind.stdout)
 
 
+def test_what_decides_and_how_surely_is_stated_in_the_configuration(folder):
+    (folder / "m.yaml").write_text(
+        CONFIG.replace(
+            "    log: run.jsonl", "    log: run.jsonl\n    level: 1%\n    primary: [latency]\n    warm_up: 0"
+        )
+    )
+    assert call("run", "m.yaml").exit_code == 0
+    found = Comparison.from_log(folder / "run.jsonl")
+    assert (found.plan.level, found.plan.primary) == (0.01, ("latency",))
+    assert not any(run.is_warm_up for run in found.entries if isinstance(run, Run))
+    assert "Intervals are 99 %" in " ".join(str(found).split())
+
+
+def test_a_blind_run_says_no_name_in_what_it_writes_or_on_the_way(folder):
+    for options in ([], ["--json"]):
+        told = call("run", "m.yaml", "--blind", "--html", "new/r.html", *options)
+        assert told.exit_code == 0, told.output
+        assert "product" in told.stdout
+        for text in (told.stdout, told.stderr, (folder / "new" / "r.html").read_text()):
+            assert not re.search(r"\b(one|two)\b", text.replace("two-sided", ""))
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_runs(folder):
+    (folder / "file").write_text("")
+    (folder / "there").mkdir()
+    for path, words in (("file/r.html", "the report cannot be written there"), ("there", "this is a folder")):
+        told = call("run", "m.yaml", "--html", path)
+        assert told.exit_code == 2
+        assert words in told.stderr
+        assert not (folder / "run.jsonl").exists()
+
+
+def test_the_table_is_there_when_the_report_cannot_be_written_in_the_end(folder, monkeypatch):
+    def fail(*args, **options):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Comparison, "to_html", fail)
+    told = call("run", "m.yaml", "--html", "r.html")
+    assert told.exit_code == 1
+    assert "two is better than one" in told.stdout
+    assert "r.html: the report could not be written (no space left on device)" in told.stderr
+
+
 def test_who_gets_which_arm_is_said(folder):
     told = call("assign", "size", "alice", "bob", "--config", "m.yaml")
     assert told.exit_code == 0
@@ -175,10 +219,10 @@ def test_who_gets_which_arm_is_said(folder):
 
 def test_an_exposure_log_is_read(folder):
     from modelcache import ModelCache
-    from modelcache.ab.from_config import experiments_from_config
+    from modelcache.ab import Experiment
 
     sys.path.insert(0, str(folder))
-    experiment = experiments_from_config("m.yaml")["size"]
+    experiment = Experiment.from_config("m.yaml", "size")
     with ModelCache.from_yaml("m.yaml") as cache:
         for unit in range(60):
             with experiment.serve(cache, str(unit)) as serving:
@@ -201,6 +245,7 @@ def test_an_exposure_log_is_read(folder):
     [
         (("ab_functions:run", "ab_functions:walk"), "'ab_functions:walk' cannot be had"),
         (("ab_functions:run", "nowhere:run"), "'nowhere:run' cannot be had (No module named 'nowhere')"),
+        (("    log: run.jsonl", "    primary: [profit]"), "primary: no metric is called 'profit'; there are 'product'"),
         (("items.jsonl", "absent.jsonl"), "absent.jsonl: there is no such file of items"),
     ],
 )

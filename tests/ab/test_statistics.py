@@ -169,7 +169,7 @@ def test_the_verdict_is_one_of_four(mean, margin, verdict, peeked, better):
     sign = 1 if better == "higher" else -1
     values = draw(0, 200)
     values = sign * (values - values.mean() + mean)
-    (one,) = judge([differences(values, Metric("m", None, better, margin=margin))], peeked=peeked)
+    (one,) = judge([differences(values, Metric("m", None, better, margin=margin, bounds=(-4.0, 4.0)))], peeked=peeked)
     assert one.verdict is verdict
     assert str(verdict) in one.sentence or verdict is Verdict.NO_WORSE or verdict is Verdict.CANNOT_TELL
     assert one.interval.low <= one.mean <= one.interval.high
@@ -184,9 +184,9 @@ def test_many_comparisons_are_corrected_together():
 
 def test_a_margin_must_be_cleared_by_the_data_and_not_only_by_the_mean():
     values = draw(3, 12, -0.4)
-    assert sequence_margin_p(values, 0.5) > 0.05
-    assert sequence_margin_p(draw(3, 400, 0.0), 0.5) <= 0.05
-    assert sequence_margin_p(draw(3, 400, -0.9), 0.5) == 1.0
+    assert sequence_margin_p(values, 0.5, reach=8.0) > 0.05
+    assert sequence_margin_p(draw(3, 400, 0.0), 0.5, reach=8.0) <= 0.05
+    assert sequence_margin_p(draw(3, 400, -0.9), 0.5, reach=8.0) == 1.0
 
 
 def test_times_are_compared_by_ratio_and_shown_as_a_change():
