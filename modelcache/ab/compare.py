@@ -61,7 +61,8 @@ def compare(
         score: ``score(output, item)``, more is better; or a list of `Metric`. Times and failures are measured anyway.
         repeats: Calls of each arm for each item.
         seed: Of the order and the resampling: the same seed, the same run.
-        latency_margin: How much slower, relatively, is still acceptable: 0.05 is 5 %.
+        latency_margin: How much slower, relatively, is still acceptable: 0.05 is 5 %. Times have no bounds: with
+            `stop_early` no arm is called no slower.
         level: The chance of a wrong verdict, over all arms and metrics, where arms are the same.
         stop_early: End as soon as every primary metric is decided. Verdicts then hold at any time, at the price of
             wider intervals.

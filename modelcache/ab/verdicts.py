@@ -218,7 +218,11 @@ def _missing_range(one: Differences, *, peeked: bool) -> str:
     """What it takes to rule out a loss by the margin, where the numbers cannot do it."""
     if can_bound_mean(one.values, reach=one.metric.reach, peeked=peeked):
         return ""
-    why, other = ("a run is looked at", ", or run a fixed number of items") if peeked else ("so few units differ", "")
+    why, other = (
+        ("a run is looked at", ", or finish a run of a fixed number of items")
+        if peeked
+        else ("so few units differ", "")
+    )
     return f"where {why}, a loss by the margin is ruled out only within a range; state Metric(bounds=...){other}"
 
 
