@@ -166,10 +166,14 @@ def _require_text(name: str, unit: object) -> None:
 
 def place_of(name: str, unit: str) -> float:
     """Where a unit lies, from 0 to below 1."""
-    hashed = hashlib.sha256(f"{name}\0{unit}".encode()).digest()
-    return (int.from_bytes(hashed[:8], "big") >> (64 - _BITS)) / (1 << _BITS)
+    return (int.from_bytes(_sha256(f"{name}\0{unit}").digest()[:8], "big") >> (64 - _BITS)) / (1 << _BITS)
 
 
 def mask(name: str, unit: str) -> str:
     """A name for a unit that does not tell who it is, 16 hex digits; the same within an experiment."""
-    return hashlib.sha256(f"unit\0{name}\0{unit}".encode()).hexdigest()[:16]
+    return _sha256(f"unit\0{name}\0{unit}").hexdigest()[:16]
+
+
+def _sha256(text: str) -> hashlib._Hash:
+    # What a client sends as its name may hold half a character, and is served all the same.
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass"))

@@ -279,7 +279,7 @@ def _pairs(arms: Mapping[str, str], arm: str) -> Iterator[tuple[str, str]]:
         arm: The one whose units come first in the pairs.
     """
     # The lot is a hash, so that the same log always gives the same pairs.
-    shuffled = sorted(arms, key=lambda unit: hashlib.sha256(f"pairs\0{unit}".encode()).digest())
+    shuffled = sorted(arms, key=lambda unit: hashlib.sha256(f"pairs\0{unit}".encode("utf-8", "surrogatepass")).digest())
     ours = [unit for unit in shuffled if arms[unit] == arm]
     theirs = [unit for unit in shuffled if arms[unit] != arm]
     return zip(ours, theirs, strict=False)

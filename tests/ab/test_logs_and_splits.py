@@ -336,6 +336,15 @@ def test_a_unit_that_is_not_text_is_refused_in_words(cache, unit):
     assert experiment.assign("42").arm == "b"
 
 
+def test_a_unit_of_half_a_character_is_served_and_read(cache, log):
+    with Experiment("size", ARMS, log=log).serve(cache, "\ud800"):
+        pass
+    write(
+        log, [*map(json.loads, log.read_text().splitlines()), *(exposure(f"\ud800{i}", "ab"[i % 2]) for i in range(20))]
+    )
+    assert sum(arm.num_units for arm in analyse(log)[0].arms) == 21
+
+
 @pytest.mark.parametrize("name", ["seconds", "wait_s", "failures"])
 def test_a_name_that_every_exposure_has_anyway_is_refused(cache, name):
     with Experiment("size", ARMS).serve(cache, "u") as serving:
