@@ -146,7 +146,7 @@ def test_half_a_character_in_an_output_ends_no_report(tmp_path):
         ({"primary": "output"}, "primary is a list of names, got the string 'output'; write ['output']"),
         ({"latency_margin": "5%"}, "a margin is a positive number, got '5%'"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
 def test_an_argument_of_another_kind_is_refused_in_words_before_anything_is_loaded(changes, words):
     with cache_of({"a": 1.0, "b": 2.0}) as cache:
