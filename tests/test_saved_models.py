@@ -119,7 +119,7 @@ def test_torch_saves_the_whole_module_so_that_it_runs_where_it_is_loaded(rigged)
     assert torch.equal(loaded(x), make()(x))
 
 
-@pytest.mark.parametrize(
+SAVES = pytest.mark.parametrize(
     "save",
     [
         lambda model: model.state_dict(),
@@ -129,6 +129,9 @@ def test_torch_saves_the_whole_module_so_that_it_runs_where_it_is_loaded(rigged)
     ],
     ids=["state_dict", "safetensors", "torch", "copy"],
 )
+
+
+@SAVES
 def test_a_model_on_disk_is_not_saved_as_a_model_of_empty_tensors(tmp_path, save):
     with closing(Rig(tmp_path, segment_bytes=2048)) as rig:
         (facts,) = rig.load(Tied).parts
@@ -139,6 +142,22 @@ def test_a_model_on_disk_is_not_saved_as_a_model_of_empty_tensors(tmp_path, save
             save(model)
         rig.stage(facts.part)
         assert torch.equal(model.state_dict()["scale"], torch.tensor(2.5))
+
+
+@pytest.mark.parametrize("end", ["close", "unregister"])
+@SAVES
+def test_a_model_whose_weights_are_gone_is_not_saved_as_a_model_of_empty_tensors(save, end):
+    device = SimulatedDevice(1 << 20, link_bytes_per_s=None)
+    with ModelCache(device=device, vram=1 << 19, ram=1 << 20, progress=False) as cache:
+        cache.register("m", Tied)
+        with cache.get("m") as model:
+            pass
+        if end == "close":
+            cache.close()
+        else:
+            cache.unregister("m")
+        with pytest.raises(ModelNotResidentError, match="'m' has no weights any more"):
+            save(model)
 
 
 def bits_of(tensor):

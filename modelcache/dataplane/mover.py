@@ -213,22 +213,26 @@ class TorchMover:
     def forget(self, name: str) -> None:
         """Let go of everything known of a model, parts included unless another model holds them.
 
-        Its tensors become empty, except those that the loader still has. Unknown names are fine.
+        Its tensors become empty, except those that the loader still has, and it says so instead of running, being saved
+        or being copied. Unknown names are fine.
         """
         with self._admitting:
             model = self._models.pop(name, None)
         if model is None:
             return
-        model.unguard()
+        # First of all: a stray forward must not meet tensors that become empty.
+        model.refuse("the cache was closed" if self._closed else "it was unregistered")
         with contextlib.suppress(ValueError), model.lock:  # what the user patched stays patched
             if model.dispatch is not None:
                 model.dispatch.take_off()
         adapters.restore(model.model, model.idea)
+        emptied: list[torch.Tensor] = []
         for part in model.parts:
             with part.lock, _plain_tensors():
-                part.leave(name)
+                emptied += part.leave(name)
                 if not part.policies:
                     self._drop(part)
+        model.unguard(emptied)
 
     def object_of(self, name: str) -> object:
         """The object the loader built; the same one for the whole life of the registration.

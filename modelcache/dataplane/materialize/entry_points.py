@@ -222,7 +222,8 @@ def _require_nobodys(model: object) -> None:
     from modelcache.dataplane.loading.adapters import handle_in
 
     hooks = [hook for module in _components(model).values() for hook in module._forward_pre_hooks.values()]
-    owner = next((hook.name for hook in hooks if isinstance(hook, ResidencyGuard) and hook.name), None)
+    guards = [hook for hook in hooks if isinstance(hook, ResidencyGuard)]
+    owner = next((guard.name for guard in guards if guard.name and not guard.gone), None)
     if owner is None and handle_in(model) is None:
         return
     name = repr(owner or "name")
