@@ -198,6 +198,15 @@ class FrontDoor:
         entry.model = self._object_of(entry.name)
         lease.fill(entry.model)
 
+    def shut(self) -> frozenset[str]:
+        """Let nobody in any more, once the driver has stopped; the models that somebody still has leased."""
+        self._first_uses.end()
+        gates = self._driver.gates.copy()
+        for gate in gates.values():
+            gate.close()  # a driver that met a bug may have left one open
+        self.entries.clear()
+        return frozenset(name for name, gate in gates.items() if gate.num_leases)
+
     def settle(self, name: str) -> None:
         """Wait until weights that are on their way are there; no-op otherwise, and once closed."""
         entry = self.entries.get(name)

@@ -12,7 +12,7 @@ import contextlib
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -271,14 +271,19 @@ class TorchMover:
             self._device.release_cached()
         blocks.return_freed_heap()
 
-    def close(self) -> None:
-        """Give up everything: memory, files, threads, device state. Idempotent."""
+    def close(self, in_use: Collection[str] = ()) -> None:
+        """Give up everything: memory, files, threads, device state. Idempotent.
+
+        The memory of models that are `in_use` is their tensors' own from now on, and goes with the last of them.
+        """
         with self._admitting:
             self._closed = True
         if self._keeper is not None:
             self._keeper.close()
-        for name in list(self._models):
+        for name in [each for each in self._models if each not in in_use]:
             self.forget(name)
+        for name in list(self._models):
+            self._leave_whole(name)
         if self._tiers.files is not None:
             self._tiers.files.close()
         self._tiers.blocks.close()
@@ -439,13 +444,25 @@ class TorchMover:
             raise MoveError(move.part, *ends(move), "the data plane does not know this part (any more)")
         return part
 
-    def _drop(self, part: Part) -> None:
-        """Give up all of a part that no model holds; its lock is held."""
+    def _leave_whole(self, name: str) -> None:
+        """Forget a model that somebody may be computing with, and touch none of its tensors."""
+        model = self._models.pop(name)
+        model.unguard()
+        for part in model.parts:
+            with part.lock:
+                del part.policies[name]
+                if not part.policies:
+                    self._drop(part, is_read=True)
+
+    def _drop(self, part: Part, *, is_read: bool = False) -> None:
+        """Give up all of a part that no model holds; its lock is held. `is_read`: but not from below its tensors."""
         self._whereabouts.leave(part)
         copies = [copy for copy in (*part.vram, *part.ram) if copy is not None]
         part.vram, part.ram = [None] * part.num_segments, [None] * part.num_segments
         for copy in copies:
-            give_up(self._tiers, copy)
+            # A piece of RAM outlives being given up for as long as anything refers to it; mapped memory would not.
+            if copy.piece is not None or not is_read:
+                give_up(self._tiers, copy)
         if part.file is not None and self._tiers.files is not None:
             self._tiers.files.delete(part.file)
             part.file = None

@@ -6,7 +6,7 @@ seed can replay one schedule.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -132,5 +132,8 @@ class Mover(Protocol):
     def release_cached(self) -> None:
         """Give the allocators' cached memory back to the driver (one `empty_cache`)."""
 
-    def close(self) -> None:
-        """Give up everything: memory, files, threads, device state. Idempotent."""
+    def close(self, in_use: Collection[str] = ()) -> None:
+        """Give up everything: memory, files, threads, device state. Idempotent.
+
+        Models that are `in_use` stay whole where they are: their memory goes when nobody holds their objects any more.
+        """
