@@ -92,6 +92,11 @@ class FrontDoor:
         entry = self.entry(name)
         return self._object_of(name) if entry.model is None else entry.model
 
+    def has_weights(self, name: str, model: object) -> bool:
+        """Whether the weights of a handle's model can be read where they are."""
+        entry = self.entries.get(name)
+        return entry is not None and entry.model is model and self._mover.has_bytes(name)
+
     def execution_device(self, name: str) -> object:
         """The device that calls run on: one for the life of the cache, and asked for on each call."""
         del name

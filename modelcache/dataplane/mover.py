@@ -265,6 +265,11 @@ class TorchMover:
                 with contextlib.suppress(MoveError):
                     arrival.wait()
 
+    def has_bytes(self, name: str) -> bool:
+        """Whether every tensor of a model has its bytes; False for one that is not loaded."""
+        model = self._models.get(name)
+        return model is not None and all(root.guard.has_bytes for root in model.roots)
+
     def release_cached(self) -> None:
         """Give the allocators' cached memory back: the device's to the driver, the C library's to the system."""
         if self._device.holds_copies:

@@ -129,6 +129,9 @@ class Mover(Protocol):
     def settle(self, name: str) -> None:
         """Block until what is arriving of a model has landed or failed; nothing is moved for it."""
 
+    def has_bytes(self, name: str) -> bool:
+        """Whether all bytes of a model are on some tier above the disk; False for one that is not loaded."""
+
     def release_cached(self) -> None:
         """Give the allocators' cached memory back to the driver (one `empty_cache`)."""
 

@@ -257,6 +257,11 @@ class FakeMover:
     def settle(self, name: str) -> None:
         """Nothing arrives early."""
 
+    def has_bytes(self, name: str) -> bool:
+        """Whether all bytes of a model are in memory."""
+        model = self._models.get(name)
+        return model is not None and all(p.bytes_of(i) is not None for p in model.parts for i in range(p.num_segments))
+
     def release_cached(self) -> None:
         """Count that it was asked for."""
         self.num_released += 1
