@@ -32,6 +32,7 @@ from modelcache.dataplane.image import SEGMENT_BYTES
 from modelcache.dataplane.images.files import ImageFiles
 from modelcache.dataplane.images.keeping import Keeper
 from modelcache.dataplane.images.kept import KeptImages
+from modelcache.dataplane.inventory import walk
 from modelcache.dataplane.loaded import LoadedModel
 from modelcache.dataplane.loading import adapters
 from modelcache.dataplane.loading.source import Built
@@ -339,6 +340,8 @@ class TorchMover:
             if any(id(each) in modules for module in model.modules.values() for each in module.modules()):
                 problem = f"returned a dispatched model that is, in whole or in part, {name!r}; register it once"
                 raise LoaderError(spec.name, str(spec.loader), problem)
+        roots = adapters.modules_of(built.model)
+        self._admission.require_free(spec, roots, walk(roots))
         from modelcache.dataplane.dispatch.dispatched import take_over
 
         return take_over(built.model, built.source, self._device, name=spec.name)
