@@ -26,6 +26,7 @@ from modelcache.dataplane.materialize.slots import find_places, unwrapped
 from modelcache.dataplane.materialize.stage import Staged, Stager, needed_bytes
 from modelcache.dataplane.materialize.ties import TiedNames, collect_claims, unite
 from modelcache.dataplane.probe.ram import RamProbe
+from modelcache.dataplane.process_lock import process_lock
 from modelcache.errors import MaterializeError, MaterializeMemoryError
 
 ModelT = TypeVar("ModelT")
@@ -383,7 +384,8 @@ class _Turn:
 
 
 _turns: WeakKeyDictionary[torch.nn.Module, _Turn] = WeakKeyDictionary()
-_turns_lock = threading.Lock()  # guards the table only; taken before a turn's own lock and released before it is held
+# Guards the table only; taken before a turn's own lock and released before it is held.
+_turns_lock = process_lock()
 
 
 def _turn_for(model: object) -> _Turn:
