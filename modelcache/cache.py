@@ -422,8 +422,8 @@ class ModelCache:
     def close(self) -> None:
         """Give everything up. Idempotent, from any thread; whoever waits gets `CacheClosedError`.
 
-        Models still leased are named in a warning; their objects stay usable for as long as somebody holds them only
-        if they are not in use: return leases before closing.
+        Models still leased are named in a warning. They stay whole and usable until nobody holds their objects any
+        more, and take their memory until then: return leases before closing. All others have no weights after this.
         """
         me = threading.get_ident()
         if self._driver.is_forked or me in self._closers:
@@ -472,8 +472,7 @@ class ModelCache:
     def _give_up(self) -> None:
         with self._end_lock:
             if not self._is_given_up:
-                self._door.entries.clear()
-                self._parts.close()
+                self._parts.close(self._door.shut())
                 self._is_given_up = True
 
     def _warn_leased(self) -> None:

@@ -92,6 +92,11 @@ class FrontDoor:
         entry = self.entry(name)
         return self._object_of(name) if entry.model is None else entry.model
 
+    def has_weights(self, name: str, model: object) -> bool:
+        """Whether the weights of a handle's model can be read where they are."""
+        entry = self.entries.get(name)
+        return entry is not None and entry.model is model and self._mover.has_bytes(name)
+
     def execution_device(self, name: str) -> object:
         """The device that calls run on: one for the life of the cache, and asked for on each call."""
         del name
@@ -197,6 +202,15 @@ class FrontDoor:
         """Nobody has leased it yet: a prefetch has opened the gate."""
         entry.model = self._object_of(entry.name)
         lease.fill(entry.model)
+
+    def shut(self) -> frozenset[str]:
+        """Let nobody in any more, once the driver has stopped; the models that somebody still has leased."""
+        self._first_uses.end()
+        gates = self._driver.gates.copy()
+        for gate in gates.values():
+            gate.close()  # a driver that met a bug may have left one open
+        self.entries.clear()
+        return frozenset(name for name, gate in gates.items() if gate.num_leases)
 
     def settle(self, name: str) -> None:
         """Wait until weights that are on their way are there; no-op otherwise, and once closed."""

@@ -283,13 +283,19 @@ class DevicePoisonedError(MoveError):
 
 
 class ModelNotResidentError(MoveError):
-    """A forward outside a lease on a model that is not on its device, or one on disk is saved or copied."""
+    """A forward outside a lease on a model that is not on its device, or one without weights is saved or copied.
 
-    def __init__(self, name: str) -> None:
-        Exception.__init__(self, name)
-        self.name, self.source, self.target, self.problem = name, "ram", "vram", "the model is parked"
+    `gone` says why no cache can bring the weights back; empty where a lease does.
+    """
+
+    def __init__(self, name: str, gone: str = "") -> None:
+        Exception.__init__(self, name, gone)
+        self.name, self.gone, self.source, self.target = name, gone, "ram", "vram"
+        self.problem = gone or "the model is parked"
 
     def __str__(self) -> str:
+        if self.gone:
+            return f"{self.name!r} has no weights any more: {self.gone}; load it again, or save or copy it before that"
         return (
             f"{self.name!r} is not on its device and no lease is held; call it through its handle, or use "
             f"'with cache.get({self.name!r}) as model:'"

@@ -10,7 +10,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from threading import current_thread, get_ident
 from types import MethodType, TracebackType
@@ -28,18 +28,22 @@ T = TypeVar("T")
 #: `super().__init__` without looking it up on each `get`.
 _wrap = wrapt.ObjectProxy.__init__
 
-#: Methods that read or describe a model wherever it is: they take no lease and move nothing. Only `state_dict` of a
-#: model on disk does.
+#: Methods that read weights wherever these are: they take no lease and move nothing, unless the model is on disk, with
+#: nothing to read.
+READS_WEIGHTS = (  # noqa: SIM905 (as below)
+    "parameters named_parameters buffers named_buffers state_dict get_parameter get_buffer num_parameters "
+    "get_memory_footprint print_trainable_parameters get_nb_trainable_parameters"
+).split()
+#: Methods that describe a model or change its settings: they take no lease and move nothing.
 LEASELESS = (  # noqa: SIM905 (one name a line would be fifty lines of no news)
-    "parameters named_parameters buffers named_buffers children named_children modules named_modules state_dict eval "
-    "train requires_grad_ zero_grad extra_repr get_submodule get_parameter get_buffer get_extra_state add_module "
+    "children named_children modules named_modules eval train requires_grad_ zero_grad extra_repr get_submodule "
+    "get_extra_state add_module "
     "register_module register_buffer register_parameter register_forward_hook register_forward_pre_hook "
     "register_full_backward_hook register_full_backward_pre_hook register_backward_hook register_state_dict_pre_hook "
     "register_state_dict_post_hook register_load_state_dict_pre_hook register_load_state_dict_post_hook set_submodule "
-    "compile num_parameters get_memory_footprint can_generate get_input_embeddings get_output_embeddings "
+    "compile can_generate get_input_embeddings get_output_embeddings "
     "gradient_checkpointing_enable gradient_checkpointing_disable get_sentence_embedding_dimension "
-    "get_embedding_dimension get_max_seq_length set_progress_bar_config print_trainable_parameters "
-    "get_nb_trainable_parameters"
+    "get_embedding_dimension get_max_seq_length set_progress_bar_config"
 ).split()
 #: Methods whose tensor arguments are weights, read from where they are.
 TAKES_WEIGHTS = ("load_state_dict", "set_extra_state", "load_adapter", "load_lora_weights")
@@ -62,6 +66,9 @@ class Door(Protocol):
 
     def object_of(self, name: str) -> object:
         """The object the loader built; the same one for the whole life of the registration."""
+
+    def has_weights(self, name: str, model: object) -> bool:
+        """Whether `model` is still the one of that name and its weights can be read where they are, without a lease."""
 
     def execution_device(self, name: str) -> object:
         """The `torch.device` that calls run on, whether the weights are there now or not."""
@@ -115,7 +122,8 @@ class ModelHandle(wrapt.ObjectProxy):  # type: ignore[misc]
 
     A call, or a call of a public method, holds one lease for its whole length; an iterator or awaitable that it returns
     keeps the lease until it is exhausted or closed. ``with handle as model:`` yields the raw object under one lease.
-    Reading attributes takes no lease and moves nothing. Any number of threads may use one handle at once.
+    Reading attributes takes no lease and moves nothing; to read the weights of a model on disk (`parameters`,
+    `state_dict` and their like) brings it up. Any number of threads may use one handle at once.
 
     Args:
         name: The registered name.
@@ -282,10 +290,12 @@ def _read(handle: ModelHandle, target: Any, args: tuple[Any, ...], kwargs: dict[
 
 
 def _read_weights(handle: ModelHandle, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    try:
-        return _read(handle, target, args, kwargs)
-    except ModelNotResidentError:  # on disk, with nothing to read: it comes up for the call
-        return _use_weights(handle, target, args, kwargs)
+    tie = _tie_of(handle)
+    if tie.door.has_weights(tie.name, tie.model):
+        # What goes to disk between the two steps refuses to list its tensors.
+        with suppress(ModelNotResidentError):
+            return _read(handle, target, args, kwargs)
+    return _use_weights(handle, target, args, kwargs)
 
 
 def _place(verb: str, handle: ModelHandle, _target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -297,7 +307,7 @@ def _place(verb: str, handle: ModelHandle, _target: Any, args: tuple[Any, ...], 
 
 _HOW: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(LEASELESS, _read),
-    "state_dict": _read_weights,
+    **dict.fromkeys(READS_WEIGHTS, _read_weights),
     **dict.fromkeys(TAKES_WEIGHTS, _use_weights),
     **{verb: partial(_place, verb) for verb in PLACERS},
 }

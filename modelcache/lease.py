@@ -230,6 +230,12 @@ class FirstUses:
         """In a forked child: none of them can be taken over any more."""
         self._claims.clear()
 
+    def end(self) -> None:
+        """End them all now: the cache was closed."""
+        for tick, (_, gate, _) in list(self._claims.items()):
+            if self._claims.pop(tick, None) is not None:
+                gate.leave(tick)
+
     def _set_alarm(self, in_s: float) -> None:
         # Whoever sets it last has it. One that an interrupt or a race left over rings and is not listened to.
         alarm = object()

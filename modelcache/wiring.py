@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from os import PathLike
@@ -49,7 +49,7 @@ class Parts:
         device_name: For people.
         execution_device: The `torch.device` that calls run on.
         measure: Free bytes of the device, and RAM held, as the data plane measures them now.
-        close: Gives the data plane up.
+        close: Gives the data plane up; told the models that are still leased.
         policy: Which copies go first.
         progress: Told how far loads and moves are.
         idle_s: For models that do not say.
@@ -66,7 +66,7 @@ class Parts:
     device_name: str
     execution_device: Callable[[], object]
     measure: Callable[[], Room]
-    close: Callable[[], None]
+    close: Callable[[Collection[str]], None]
     policy: EvictionPolicy | None = None
     progress: Progress | None = None
     idle_s: float | None = None
@@ -270,8 +270,8 @@ def _build(
     bars = ProgressBars(clock.now_s) if settings.progress else None
     top = Tier.VRAM if device.holds_copies else Tier.RAM
 
-    def close() -> None:
-        mover.close()
+    def close(in_use: Collection[str]) -> None:
+        mover.close(in_use)
         if bars is not None:
             bars.close()
 

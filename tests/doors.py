@@ -45,6 +45,9 @@ class OneModel:
     def object_of(self, name: str) -> object:
         return self.model
 
+    def has_weights(self, name: str, model: object) -> bool:
+        return True
+
     def execution_device(self, name: str) -> object:
         return self.device
 

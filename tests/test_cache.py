@@ -20,6 +20,7 @@ from modelcache.errors import (
     LeaseCycleError,
     LeaseTimeoutError,
     LoaderError,
+    ModelNotResidentError,
     ModelTooLargeError,
     MoveError,
     QueueFullError,
@@ -1039,6 +1040,31 @@ def test_closing_with_open_leases_names_who_holds_them(caplog):
     with bench.cache.get("a"), caplog.at_level(logging.WARNING, "modelcache"):
         bench.cache.close()
     assert "closed with open leases={'a': ['MainThread']}" in caplog.text
+    bench.close()
+
+
+def test_a_model_leased_while_its_cache_closes_can_be_used_to_the_end():
+    bench = Bench()
+    bench.add("a", "b", size=30)
+    bench.use("b")
+    lease = bench.cache.lease_many("a")
+    (model,) = lease.models
+    other = bench.mover.object_of("b")
+    bench.cache.close()
+    model()
+    with pytest.raises(ModelNotResidentError):
+        other()
+    lease.close()
+    bench.close()
+
+
+def test_a_handle_that_was_not_used_yet_is_refused_once_its_cache_is_closed():
+    bench = Bench()
+    bench.add("a")
+    handle = bench.cache.get("a")
+    bench.cache.close()
+    with pytest.raises(CacheClosedError):
+        handle()
     bench.close()
 
 

@@ -164,6 +164,14 @@ def test_every_argument_is_a_field(name: str) -> None:
             assert hasattr(error, parameter), parameter
 
 
+def test_weights_that_no_lease_brings_back_are_said_to_be_gone() -> None:
+    error = errors.ModelNotResidentError("flux", "the cache was closed")
+    assert str(error) == (
+        "'flux' has no weights any more: the cache was closed; load it again, or save or copy it before that"
+    )
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
 def test_the_shortest_forms_leave_out_what_is_not_known() -> None:
     assert str(errors.UnknownModelError("a")) == (
         "no model is registered as 'a'; register it first: cache.register(name, loader)"

@@ -13,7 +13,7 @@ from accelerate.utils import find_tied_parameters
 from movers import Odd, Rig, bumped
 from safetensors.torch import load_model, save_model
 
-from modelcache import ModelCache, ModelNotResidentError
+from modelcache import CacheClosedError, LeaseClosedError, ModelCache, ModelNotResidentError
 from modelcache.testing import SimulatedDevice
 
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
@@ -119,7 +119,7 @@ def test_torch_saves_the_whole_module_so_that_it_runs_where_it_is_loaded(rigged)
     assert torch.equal(loaded(x), make()(x))
 
 
-@pytest.mark.parametrize(
+SAVES = pytest.mark.parametrize(
     "save",
     [
         lambda model: model.state_dict(),
@@ -129,6 +129,9 @@ def test_torch_saves_the_whole_module_so_that_it_runs_where_it_is_loaded(rigged)
     ],
     ids=["state_dict", "safetensors", "torch", "copy"],
 )
+
+
+@SAVES
 def test_a_model_on_disk_is_not_saved_as_a_model_of_empty_tensors(tmp_path, save):
     with closing(Rig(tmp_path, segment_bytes=2048)) as rig:
         (facts,) = rig.load(Tied).parts
@@ -141,6 +144,22 @@ def test_a_model_on_disk_is_not_saved_as_a_model_of_empty_tensors(tmp_path, save
         assert torch.equal(model.state_dict()["scale"], torch.tensor(2.5))
 
 
+@pytest.mark.parametrize("end", ["close", "unregister"])
+@SAVES
+def test_a_model_whose_weights_are_gone_is_not_saved_as_a_model_of_empty_tensors(save, end):
+    device = SimulatedDevice(1 << 20, link_bytes_per_s=None)
+    with ModelCache(device=device, vram=1 << 19, ram=1 << 20, progress=False) as cache:
+        cache.register("m", Tied)
+        with cache.get("m") as model:
+            pass
+        if end == "close":
+            cache.close()
+        else:
+            cache.unregister("m")
+        with pytest.raises(ModelNotResidentError, match="'m' has no weights any more"):
+            save(model)
+
+
 def bits_of(tensor):
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
@@ -148,6 +167,79 @@ def bits_of(tensor):
 def storages_of(buffer: io.BytesIO) -> dict[str, int]:
     with zipfile.ZipFile(buffer) as file:
         return {entry.filename: entry.file_size for entry in file.infolist() if "/data/" in entry.filename}
+
+
+READS = pytest.mark.parametrize(
+    "read",
+    [
+        lambda model: [*model.parameters()],
+        lambda model: [tensor for _, tensor in model.named_parameters()],
+        lambda model: [*model.buffers()],
+        lambda model: [tensor for _, tensor in model.named_buffers()],
+        lambda model: [model.get_parameter("transposed")],
+        lambda model: [model.get_buffer("scale")],
+        lambda model: [*model.state_dict().values()],
+    ],
+    ids=["parameters", "named_parameters", "buffers", "named_buffers", "get_parameter", "get_buffer", "state_dict"],
+)
+
+
+@pytest.fixture
+def cold(tmp_path):
+    """A handle on a model that is on disk, and its cache."""
+    device = SimulatedDevice(1 << 20, link_bytes_per_s=None)
+    options = {"vram": 1 << 19, "ram": 1 << 20, "disk": 1 << 20, "image_dir": tmp_path / "images", "progress": False}
+    with ModelCache(device=device, **options) as cache:
+        cache.register("m", Tied)
+        handle = cache.get("m")
+        with handle:
+            pass
+        cache.evict("m")
+        yield handle, cache
+        del handle
+
+
+@READS
+def test_reading_the_weights_of_a_model_on_disk_brings_it_up(cold, read):
+    handle, cache = cold
+    found, expected = read(handle), read(Tied())
+    assert all(torch.equal(tensor.cpu(), other) for tensor, other in zip(found, expected, strict=True))
+    assert cache.info("m").num_leases == 0
+
+
+def test_a_write_through_the_parameters_of_a_model_on_disk_is_kept(cold):
+    handle, cache = cold
+    for parameter in handle.parameters():
+        parameter.data.mul_(0.5)
+    cache.evict("m")
+    with cache.get("m") as model:
+        assert torch.equal(model.transposed.cpu(), Tied().transposed * 0.5)
+
+
+def test_a_model_on_disk_is_kept_in_place_while_its_parameters_are_gone_through(cold):
+    handle, cache = cold
+    parameters = handle.parameters()
+    next(parameters)
+    assert cache.info("m").num_leases == 1
+    del parameters
+    assert cache.info("m").num_leases == 0
+
+
+@READS
+def test_reading_the_weights_of_a_closed_cache_is_refused(cold, read):
+    handle, cache = cold
+    cache.close()
+    with pytest.raises(CacheClosedError):
+        read(handle)
+
+
+@READS
+def test_reading_the_weights_of_a_name_that_is_another_models_now_is_refused(cold, read):
+    handle, cache = cold
+    cache.unregister("m")
+    cache.register("m", Tied)
+    with cache.get("m"), pytest.raises(LeaseClosedError):
+        read(handle)
 
 
 @pytest.mark.parametrize("away", ["nowhere", "park", "evict", "back"])

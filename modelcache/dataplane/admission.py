@@ -7,13 +7,14 @@ part of its own. Nothing is copied.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from modelcache.dataplane.guard import ResidencyGuard
 from modelcache.dataplane.image import View, lay_out
 from modelcache.dataplane.inventory import (
     Found,
@@ -69,6 +70,7 @@ class Admission:
         """
         modules = _modules_of(spec, built.model)
         found = walk(modules)
+        self.require_free(spec, modules, found)
         for slot in found.slots:
             if (reason := refusal_of(slot)) is not None:
                 raise _broken(spec, reason)
@@ -81,6 +83,24 @@ class Admission:
                 if not shared or self.whereabouts.shared(found.slots) == shared:
                     return self._join(spec, built, modules, found, shared, dispatch)
         raise _broken(spec, "returned tensors of another loaded model that is on the move; lease that model meanwhile")
+
+    def require_free(self, spec: ModelSpec, modules: Mapping[str, torch.nn.Module], found: Walk) -> None:
+        """Do nothing for a model that no other cache moves, and whose weights no cache has given up.
+
+        Raises:
+            LoaderError: It is another cache's, or was one's.
+        """
+        for guard in _guards_of(modules):
+            if guard.is_gone:
+                raise _broken(
+                    spec, f"returned the object that was the model {guard.name!r} until {guard.gone}; build a new one"
+                )
+        if (part := self.whereabouts.elsewhere(found.slots)) is not None:
+            raise _broken(
+                spec,
+                f"returned tensors of {part.model!r} of another cache, and only one can move them; build a model for "
+                "each cache",
+            )
 
     def _join(
         self,
@@ -209,6 +229,12 @@ def _modules_of(spec: ModelSpec, model: object) -> Mapping[str, torch.nn.Module]
     if reason is not None:
         raise _broken(spec, f"returned a model that cannot be moved: {reason}")
     return modules
+
+
+def _guards_of(modules: Mapping[str, torch.nn.Module]) -> Iterator[ResidencyGuard]:
+    for root in modules.values():
+        for module in root.modules():
+            yield from (hook for hook in module._forward_pre_hooks.values() if isinstance(hook, ResidencyGuard))
 
 
 def _require_data(spec: ModelSpec, found: Walk, source: Source | None) -> None:

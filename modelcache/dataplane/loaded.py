@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -88,12 +88,25 @@ class LoadedModel:
                 )
             self.roots.append(Root(module, parts, guard, hooks))
 
-    def unguard(self) -> None:
-        """Take the guards off."""
-        for root in self.roots:
-            for hook in root.hooks:
-                hook.remove()
-        self.roots.clear()
+    def refuse(self, why: str) -> None:
+        """Let the guards refuse everything: the bytes are about to be given up."""
+        with self.lock:
+            for root in self.roots:
+                root.guard.give_up(why)
+
+    def unguard(self, emptied: Iterable[torch.Tensor] = ()) -> None:
+        """Take the guards off, but for those in front of tensors that were left without bytes."""
+        ids = {id(tensor) for tensor in emptied}
+        with self.lock:
+            for component, root in zip(self.modules, self.roots, strict=False):  # admission may have failed half way
+                prefix = f"{component}." if component else ""
+                lost = [each for name, each in self.names.items() if id(each) in ids and name.startswith(prefix)]
+                if lost:
+                    root.guard.miss(lost)
+                    continue
+                for hook in root.hooks:
+                    hook.remove()
+            self.roots.clear()
 
     def settle_in(self, top: torch.device, holds_copies: bool) -> None:
         """After a part changed: guards, wrappers, empty tensors and the object's own idea of its device follow.

@@ -12,7 +12,7 @@ import contextlib
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from modelcache.dataplane.image import SEGMENT_BYTES
 from modelcache.dataplane.images.files import ImageFiles
 from modelcache.dataplane.images.keeping import Keeper
 from modelcache.dataplane.images.kept import KeptImages
+from modelcache.dataplane.inventory import walk
 from modelcache.dataplane.loaded import LoadedModel
 from modelcache.dataplane.loading import adapters
 from modelcache.dataplane.loading.source import Built
@@ -213,22 +214,26 @@ class TorchMover:
     def forget(self, name: str) -> None:
         """Let go of everything known of a model, parts included unless another model holds them.
 
-        Its tensors become empty, except those that the loader still has. Unknown names are fine.
+        Its tensors become empty, except those that the loader still has, and it says so instead of running, being saved
+        or being copied. Unknown names are fine.
         """
         with self._admitting:
             model = self._models.pop(name, None)
         if model is None:
             return
-        model.unguard()
+        # First of all: a stray forward must not meet tensors that become empty.
+        model.refuse("the cache was closed" if self._closed else "it was unregistered")
         with contextlib.suppress(ValueError), model.lock:  # what the user patched stays patched
             if model.dispatch is not None:
                 model.dispatch.take_off()
         adapters.restore(model.model, model.idea)
+        emptied: list[torch.Tensor] = []
         for part in model.parts:
             with part.lock, _plain_tensors():
-                part.leave(name)
+                emptied += part.leave(name)
                 if not part.policies:
                     self._drop(part)
+        model.unguard(emptied)
 
     def object_of(self, name: str) -> object:
         """The object the loader built; the same one for the whole life of the registration.
@@ -261,20 +266,30 @@ class TorchMover:
                 with contextlib.suppress(MoveError):
                     arrival.wait()
 
+    def has_bytes(self, name: str) -> bool:
+        """Whether every tensor of a model has its bytes; False for one that is not loaded."""
+        model = self._models.get(name)
+        return model is not None and all(root.guard.has_bytes for root in model.roots)
+
     def release_cached(self) -> None:
         """Give the allocators' cached memory back: the device's to the driver, the C library's to the system."""
         if self._device.holds_copies:
             self._device.release_cached()
         blocks.return_freed_heap()
 
-    def close(self) -> None:
-        """Give up everything: memory, files, threads, device state. Idempotent."""
+    def close(self, in_use: Collection[str] = ()) -> None:
+        """Give up everything: memory, files, threads, device state. Idempotent.
+
+        The memory of models that are `in_use` is their tensors' own from now on, and goes with the last of them.
+        """
         with self._admitting:
             self._closed = True
         if self._keeper is not None:
             self._keeper.close()
-        for name in list(self._models):
+        for name in [each for each in self._models if each not in in_use]:
             self.forget(name)
+        for name in list(self._models):
+            self._leave_whole(name)
         if self._tiers.files is not None:
             self._tiers.files.close()
         self._tiers.blocks.close()
@@ -325,6 +340,8 @@ class TorchMover:
             if any(id(each) in modules for module in model.modules.values() for each in module.modules()):
                 problem = f"returned a dispatched model that is, in whole or in part, {name!r}; register it once"
                 raise LoaderError(spec.name, str(spec.loader), problem)
+        roots = adapters.modules_of(built.model)
+        self._admission.require_free(spec, roots, walk(roots))
         from modelcache.dataplane.dispatch.dispatched import take_over
 
         return take_over(built.model, built.source, self._device, name=spec.name)
@@ -435,13 +452,25 @@ class TorchMover:
             raise MoveError(move.part, *ends(move), "the data plane does not know this part (any more)")
         return part
 
-    def _drop(self, part: Part) -> None:
-        """Give up all of a part that no model holds; its lock is held."""
+    def _leave_whole(self, name: str) -> None:
+        """Forget a model that somebody may be computing with, and touch none of its tensors."""
+        model = self._models.pop(name)
+        model.unguard()
+        for part in model.parts:
+            with part.lock:
+                del part.policies[name]
+                if not part.policies:
+                    self._drop(part, is_read=True)
+
+    def _drop(self, part: Part, *, is_read: bool = False) -> None:
+        """Give up all of a part that no model holds; its lock is held. `is_read`: but not from below its tensors."""
         self._whereabouts.leave(part)
         copies = [copy for copy in (*part.vram, *part.ram) if copy is not None]
         part.vram, part.ram = [None] * part.num_segments, [None] * part.num_segments
         for copy in copies:
-            give_up(self._tiers, copy)
+            # A piece of RAM outlives being given up for as long as anything refers to it; mapped memory would not.
+            if copy.piece is not None or not is_read:
+                give_up(self._tiers, copy)
         if part.file is not None and self._tiers.files is not None:
             self._tiers.files.delete(part.file)
             part.file = None

@@ -205,13 +205,19 @@ class Part:
             self.whereabouts.parted(self, member.tensor)
         return True
 
-    def leave(self, model: str) -> None:
-        """Forget a model's tensors; those that nobody else holds become empty, unless the loader still has them."""
+    def leave(self, model: str) -> list[torch.Tensor]:
+        """Forget a model's tensors; those that nobody else holds become empty, unless the loader still has them.
+
+        Returns those that became empty.
+        """
+        emptied = []
         self.policies.pop(model, None)
         for member in [each for each in self.members.values() if model in each.holders]:
             segment = self.image.storages[member.storage].segment
             if self.drop(member, model) and not self.with_loader[segment]:
                 point(member, None)
+                emptied.append(member.tensor)
+        return emptied
 
     def install(self, vram: list[Copy | None], ram: list[Copy | None], then: Callable[[], None]) -> list[Copy]:
         """Make these the part's copies, point its tensors at them and call `then`: all of it, or nothing.

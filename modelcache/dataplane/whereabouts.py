@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import weakref
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -48,6 +49,10 @@ class _Span(NamedTuple):
     tensor: torch.Tensor
 
 
+#: Of every cache of the process. Single dictionary operations only: it has no lock that a fork could leave taken.
+_ALL: weakref.WeakValueDictionary[int, Whereabouts] = weakref.WeakValueDictionary()
+
+
 class Whereabouts:
     """Which part a tensor object, or an address, belongs to.
 
@@ -57,6 +62,7 @@ class Whereabouts:
 
     def __init__(self, lock: AbstractContextManager[object]) -> None:
         self._lock = lock
+        _ALL[id(self)] = self
         self._objects: dict[int, tuple[Part, ...]] = {}
         # By device: where copies start, in order, and which copy of which part starts there.
         self._starts: dict[torch.device, list[int]] = {}
@@ -137,6 +143,15 @@ class Whereabouts:
             if id(tensor) not in shares and (share := self._of_copy(tensor)) is not None:
                 shares[id(tensor)] = share
         return shares
+
+    def elsewhere(self, slots: Iterable[Slot]) -> Part | None:
+        """A part of another cache of this process that has one of these tensor objects; two would move it at once."""
+        others = [other._objects for ref in _ALL.valuerefs() if (other := ref()) is not None and other is not self]
+        for slot in slots if any(others) else ():
+            for objects in others:
+                for part in objects.get(id(slot.tensor), ()):
+                    return part
+        return None
 
     def _of_object(self, tensor: torch.Tensor) -> Share | None:
         for part in reversed(self._objects.get(id(tensor), ())):

@@ -6,7 +6,7 @@ seed can replay one schedule.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -132,8 +132,14 @@ class Mover(Protocol):
     def settle(self, name: str) -> None:
         """Block until what is arriving of a model has landed or failed; nothing is moved for it."""
 
+    def has_bytes(self, name: str) -> bool:
+        """Whether all bytes of a model are on some tier above the disk; False for one that is not loaded."""
+
     def release_cached(self) -> None:
         """Give the allocators' cached memory back to the driver (one `empty_cache`)."""
 
-    def close(self) -> None:
-        """Give up everything: memory, files, threads, device state. Idempotent."""
+    def close(self, in_use: Collection[str] = ()) -> None:
+        """Give up everything: memory, files, threads, device state. Idempotent.
+
+        Models that are `in_use` stay whole where they are: their memory goes when nobody holds their objects any more.
+        """

@@ -257,17 +257,23 @@ class FakeMover:
     def settle(self, name: str) -> None:
         """Nothing arrives early."""
 
+    def has_bytes(self, name: str) -> bool:
+        """Whether all bytes of a model are in memory."""
+        model = self._models.get(name)
+        return model is not None and all(p.bytes_of(i) is not None for p in model.parts for i in range(p.num_segments))
+
     def release_cached(self) -> None:
         """Count that it was asked for."""
         self.num_released += 1
 
-    def close(self) -> None:
-        """Give up everything. Idempotent."""
+    def close(self, in_use: Collection[str] = ()) -> None:
+        """Give up everything; models that are `in_use` keep their bytes, which are theirs from now on. Idempotent."""
         self._closed = True
+        kept = {part.part for name in in_use if name in self._models for part in self._models[name].parts}
         for model in list(self._models.values()):
             for part in model.parts:
                 part.models.pop(model.name, None)
-                self._drop(part)
+                self._drop(part, is_kept=part.part in kept)
         self._models.clear()
         self._parts.clear()
         if self.arenas.held:
@@ -367,10 +373,12 @@ class FakeMover:
         vram = sum(part.sizes[: where.vram]) if self.top is Tier.VRAM else 0
         return Room(vram, sum(part.sizes[where.ram :]))
 
-    def _drop(self, part: FakePart) -> None:
+    def _drop(self, part: FakePart, *, is_kept: bool = False) -> None:
         if self._parts.pop(part.part, None) is None:
             return
         held = self._room(part, part.residency)
         self.arenas.give(Room(held.vram, held.ram, sum(part.sizes) * (part.image is not None)), part.part)
+        if is_kept:
+            return
         n = part.num_segments
         part.vram, part.ram, part.image, part.with_loader = [None] * n, [None] * n, None, None

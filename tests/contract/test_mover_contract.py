@@ -291,6 +291,18 @@ def test_progress_ends_with_everything_done(bound):
     assert told[-1][1] == told[-1][2]
 
 
+def test_a_model_in_use_keeps_its_bytes_when_the_mover_is_closed(bound):
+    for name in ("used", "idle"):
+        part = bound.load(name)
+        bound.stage(part)
+        bound.promote(part)
+    model = bound.mover.object_of("used")
+    expected = bound.weights(model)
+    bound.mover.close(in_use=["used"])
+    assert bound.weights(model) == expected
+    assert held(bound, part) == (0, 0)
+
+
 def test_a_closed_mover_refuses_and_closing_twice_is_fine(bound):
     part = bound.load()
     bound.stage(part)

@@ -299,15 +299,53 @@ def test_a_forward_of_a_parked_model_is_refused_in_words(rig):
                 model(IDS)
 
 
-def test_the_guard_does_not_travel_with_copies_and_leaves_with_the_model(rig):
+def test_the_guard_does_not_travel_with_copies(rig):
     (part,) = rig.load(Odd).parts
     rig.stage(part.part)
     model = rig.mover.object_of("m")
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(model)(IDS), expected_output())
         assert torch.equal(pickle.loads(pickle.dumps(model))(IDS), expected_output())
+
+
+def test_the_guard_leaves_with_a_model_that_keeps_its_weights(rig):
+    rig.load(Odd)
+    model = rig.mover.object_of("m")
     rig.mover.forget("m")
     assert not model._forward_pre_hooks
+    assert not model._state_dict_pre_hooks
+
+
+@pytest.mark.parametrize("end", ["forget", "close"])
+@pytest.mark.parametrize("where", ["parked", "ready", "on disk"])
+def test_a_model_whose_weights_are_gone_says_so_instead_of_running(rig, where, end):
+    (part,) = rig.load(Odd).parts
+    model = rig.mover.object_of("m")
+    rig.stage(part.part)
+    if where == "ready":
+        rig.promote(part.part)
+    elif where == "on disk":
+        rig.spill(part.part)
+    if end == "forget":
+        rig.mover.forget("m")
+    else:
+        rig.mover.close()
+    why = {"forget": "it was unregistered", "close": "the cache was closed"}[end]
+    with pytest.raises(ModelNotResidentError, match=f"'m' has no weights any more: {why}"):
+        model(IDS)
+
+
+def test_a_model_that_was_given_other_weights_since_is_its_holders_own(rig):
+    (part,) = rig.load(Odd).parts
+    model = rig.mover.object_of("m")
+    rig.stage(part.part)
+    rig.mover.forget("m")
+    fresh = Odd()
+    for tensor, other in zip(named_tensors(model).values(), named_tensors(fresh).values(), strict=True):
+        tensor.data = other.data
+    with torch.no_grad():
+        assert torch.equal(model(IDS), expected_output())
+    assert same_bits(copy.deepcopy(model), bits(fresh))
 
 
 def test_a_move_inside_inference_mode_leaves_ordinary_tensors(rig):

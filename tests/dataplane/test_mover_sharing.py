@@ -150,6 +150,45 @@ def test_the_same_object_under_two_names_is_one_part(rig):
         encoder(torch.ones(1, 16, device="sim:0"))
 
 
+@pytest.mark.parametrize("where", ["with the loader", "in vram", "on disk"])
+@pytest.mark.parametrize("whole", [True, False], ids=["the same model", "a part of it"])
+def test_what_another_cache_moves_is_refused_and_stays_as_it_is(rig, tmp_path, where, whole):
+    model = Pipeline(Encoder())
+    (part,) = rig.load(lambda: model, "mine").parts
+    if where != "with the loader":
+        up(rig, part.part)
+    if where == "on disk":
+        rig.spill(part.part)
+    with closing(Rig(tmp_path / "other")) as other:
+        with pytest.raises(LoaderError, match="tensors of 'mine' of another cache"):
+            other.load(lambda: model if whole else model.encoder, "yours")
+        other.load(lambda: Pipeline(Encoder()), "yours")
+    if where != "with the loader":
+        up(rig, part.part)
+        with torch.no_grad():
+            model(torch.ones(1, 16, device="sim:0"))
+
+
+def test_a_model_that_another_cache_let_go_of_with_its_weights_is_welcome(rig, tmp_path):
+    encoder = Encoder()
+    with closing(Rig(tmp_path / "other")) as other:
+        other.load(lambda: encoder, "yours")
+        other.mover.forget("yours")
+        (part,) = rig.load(lambda: encoder, "mine").parts
+        up(rig, part.part)
+    assert same_bits(encoder, bits(Encoder()))
+
+
+def test_a_model_whose_weights_are_gone_is_not_taken_for_one_of_empty_tensors(rig):
+    pipeline = Pipeline(Encoder())
+    (part,) = rig.load(lambda: pipeline.encoder, "old").parts
+    up(rig, part.part)
+    rig.mover.forget("old")
+    for model in (pipeline.encoder, pipeline):
+        with pytest.raises(LoaderError, match="was the model 'old' until it was unregistered; build a new one"):
+            rig.load(lambda model=model: model, "new")
+
+
 def test_the_strictest_of_the_holders_decides_about_writes(rig):
     encoder = Encoder()
     (shared,) = rig.load(lambda: encoder, "a", on_write=OnWrite.DISCARD).parts

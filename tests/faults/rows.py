@@ -350,6 +350,7 @@ ROWS: dict[str, Row] = {
         "a fork, also with the lock held",
         (
             f"{_LIMITS}[forked_with_the_lock_held]",
+            f"{_LIMITS}[forked_in_the_middle_of_what_a_process_has_once]",
             f"{_LIMITS}[a_data_loader_of_forked_workers]",
             "processes/test_ends.py::test_workers_that_are_started_anew_have_caches_of_their_own",
         ),

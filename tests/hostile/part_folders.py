@@ -28,6 +28,8 @@ _DENSE_TYPE = "sentence_transformers.models.Dense"
 _DENSE_WEIGHTS = safetensors_bytes(
     {"linear.weight": ("F32", [4, 8], bytes(128)), "linear.bias": ("F32", [4], bytes(16))}
 )
+_DENSE_SHARD = "model-00001-of-00001.safetensors"
+_DENSE_INDEX = json.dumps({"weight_map": dict.fromkeys(("linear.weight", "linear.bias"), _DENSE_SHARD)}).encode()
 
 
 def _dense(folder: Path, path: str, weights: bytes | None = _DENSE_WEIGHTS, **changes: object) -> None:
@@ -64,6 +66,16 @@ for _name, _build, _words in [
     ),
     ("with a part that is only a pickle", lambda folder: _dense_pickled(folder, "2_Dense"), "pytorch_model.bin"),
     ("with such a part far below", lambda folder: _dense_pickled(folder, "x/y/2_Dense"), "pytorch_model.bin"),
+    (
+        "with a pickle beside an index that nobody follows",
+        lambda folder: _dense_pickled(folder, "2_Dense", index=b"{}"),
+        "has a pickle and no model.safetensors",
+    ),
+    (
+        "with a pickle beside an index and its shard",
+        lambda folder: _dense_pickled(folder, "2_Dense", index=_DENSE_INDEX, shard=_DENSE_WEIGHTS),
+        "has a pickle and no model.safetensors",
+    ),
     ("with a damaged part", lambda folder: _dense(folder, "2_Dense", b""), "the file is empty"),
     ("with a damaged part far below", lambda folder: _dense(folder, "x/y/2_Dense", b""), "the file is empty"),
     (
@@ -100,7 +112,7 @@ for _name, _build, _words in [
     (
         "that is told to read pickles",
         lambda folder: _only_pickled(folder),
-        "has its weights only as a pickle",
+        "has a pickle and no model.safetensors",
     ),
     (
         "whose model names a pickle as weights",
@@ -124,9 +136,13 @@ def _only_pickled(folder: Path) -> None:
     edit(folder / "sentence_bert_config.json", model_args={"use_safetensors": False})
 
 
-def _dense_pickled(folder: Path, path: str) -> None:
+def _dense_pickled(folder: Path, path: str, *, index: bytes | None = None, shard: bytes | None = None) -> None:
     _dense(folder, path, None)
     (folder / path / "pytorch_model.bin").write_bytes(torch_zip(folder))
+    if index is not None:
+        (folder / path / "model.safetensors.index.json").write_bytes(index)
+    if shard is not None:
+        (folder / path / _DENSE_SHARD).write_bytes(shard)
 
 
 def _router(folder: Path, kind: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from benches import Call
 from lifecycle.room import MODEL_BYTES, Footprint, Room, Stop, net, until
 
+from modelcache.cache import ModelCache
 from modelcache.errors import CacheClosedError
 from modelcache.move import MoveKind
 from modelcache.runtime.driver import GRACE_S
@@ -204,6 +205,33 @@ def test_a_model_leased_while_closing_is_whole_until_it_is_returned(room_of):
         del model
     stop.release()
     closing.result()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"device": "simulated", "vram": "8MiB"},
+        {"device": "simulated", "vram": "8MiB", "memory": "mapped"},
+        {"device": "host_only"},
+    ],
+    ids=["allocated", "mapped", "host_only"],
+)
+def test_a_model_leased_when_its_cache_is_closed_computes_until_nobody_holds_it(options):
+    cache = ModelCache(ram="64MiB", segment="2MiB", progress=False, **options)
+    for name in ("used", "idle"):
+        cache.register(name, lambda name=name: net(name))
+        cache.get(name)(torch.ones(1, 32))
+    mover, device = cache._parts.mover, cache._parts.mover._device
+    with cache.lease_many("used") as (model,):
+        cache.close()
+        x = torch.arange(32.0).reshape(1, 32)
+        assert torch.allclose(model(x.to(device.torch_device)).cpu(), net("used")(x))
+    assert model.state_dict()["0.weight"].shape == (32, 32)
+    assert mover.live_ram_bytes <= 2 << 20
+    del model
+    gc.collect()
+    assert mover.live_ram_bytes == 0
+    assert device.allocated_bytes() == 0
 
 
 def test_what_is_queued_when_the_cache_closes_is_never_begun(room_of):

@@ -10,9 +10,11 @@ import gc
 import logging
 import os
 import resource
+import signal
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,10 @@ from lifecycle.room import LAYERS, MODEL_BYTES, Room, Stop, bits, net
 from processes.children import forked, play
 from safetensors.torch import save_file
 
+from modelcache import ModelCache, materialize_meta_tensors
+from modelcache.dataplane.device import simulated_ranges
+from modelcache.dataplane.loading import skeletons
+from modelcache.dataplane.materialize import entry_points
 from modelcache.errors import ForkedCacheError, LoaderError, ModelCacheError, MoveError, WeightsError
 from modelcache.tier import Tier
 
@@ -337,6 +343,34 @@ def forked_with_the_lock_held(folder: Path) -> None:
         is_exact(room)
 
 
+def forked_in_the_middle_of_what_a_process_has_once(_folder: Path) -> None:
+    """A library builds a model, memory is mapped, a model is made whole: each by a thread that the child has not."""
+
+    def child() -> None:
+        signal.alarm(20)  # whoever waits for a lock that nobody lets go of
+        assert skeletons.on_meta(lambda: torch.nn.Linear(2, 2)) is not None
+        materialize_meta_tensors(torch.nn.Linear(2, 2))
+        with ModelCache(device="simulated", memory="mapped", vram="8MiB", ram="64MiB", progress=False) as new:
+            new.register("a", lambda: net("a"))
+            assert new.get("a")(torch.ones(1, 32)).shape == (1, 32)
+
+    def hold(lock: threading.Lock, stop: Stop) -> None:
+        with lock:
+            stop.stand()
+
+    with ExitStack() as stops:
+        holders = []
+        for lock in (skeletons.one_builder, simulated_ranges._LOCK, entry_points._turns_lock):
+            stop = stops.enter_context(Stop())
+            holders.append(threading.Thread(target=hold, args=(lock, stop)))
+            holders[-1].start()
+            stop.wait_reached()
+        code = forked(child)
+    for holder in holders:
+        holder.join()
+    assert code == 0
+
+
 class Numbers(torch.utils.data.Dataset[float]):
     """What a user might write: a data set that has its inputs from a model of the cache."""
 
@@ -376,6 +410,7 @@ SCENES = [
     a_file_overwritten_in_place_while_it_is_read,
     a_file_deleted,
     forked_with_the_lock_held,
+    forked_in_the_middle_of_what_a_process_has_once,
     a_data_loader_of_forked_workers,
     closed_stdout,
 ]

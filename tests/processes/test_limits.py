@@ -19,6 +19,7 @@ DEMANDS = [
     ("a_file_overwritten_in_place_while_it_is_read", "an error that says that it changed"),
     ("a_file_deleted", "copies work; a reload says what is missing"),
     ("forked_with_the_lock_held", "every call fails at once in the child; the parent is as it was"),
+    ("forked_in_the_middle_of_what_a_process_has_once", "a new cache in the child waits for nobody who stayed behind"),
     ("a_data_loader_of_forked_workers", "workers may do without the cache, and are refused with it"),
     ("closed_stdout", "models come and go all the same"),
 ]

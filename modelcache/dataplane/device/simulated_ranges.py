@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -18,13 +17,14 @@ from modelcache.dataplane.device.simulated_pages import (
     release_addresses,
     reserve_addresses,
 )
+from modelcache.dataplane.process_lock import process_lock
 
 if TYPE_CHECKING:
     from modelcache.dataplane.device.simulated_memory import Memory
 
 # One for all devices: what is refused is found by address, whatever device the tensor names. Taken after a
 # `Memory`'s own lock where both are.
-_LOCK = threading.Lock()
+_LOCK = process_lock()
 
 
 class _Owner:

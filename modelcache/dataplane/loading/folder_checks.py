@@ -71,13 +71,13 @@ def checked_parts(model: str, folder: Path) -> tuple[Header, ...]:
             if path.name in _PART_CONFIGS or path.name.startswith(("config_", "sent")):
                 checked_config(model, path)
         _check_adapter(model, part)
-        whole = [part / "model.safetensors", part / "model.safetensors.index.json"]
-        if (part / "pytorch_model.bin").exists() and not any(path.exists() for path in whole):
+        # The library follows an index in parts of some classes only; in all others it takes the pickle beside one.
+        if (part / "pytorch_model.bin").exists() and not (part / "model.safetensors").exists():
             raise WeightsError(
                 model,
                 str(part / "pytorch_model.bin"),
-                "this part of the model has its weights only as a pickle, which can run code when loaded; not loaded. "
-                "Save the model again with safetensors.",
+                "this part of the model has a pickle and no model.safetensors. A pickle can run code when loaded; not "
+                "loaded. Save the model again with safetensors, or remove the pickle if other files have the weights.",
             )
         if any(part.glob("*.safetensors")):
             headers += model_headers(part, name=model)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from torch import nn
 from modelcache.dataplane.image import View, WeightImage
 from modelcache.dataplane.inventory import group, walk
 from modelcache.dataplane.loading.adapters import modules_of
+from modelcache.dataplane.process_lock import process_lock
 
 #: Held while a library or a model class builds a model. transformers changes torch's default dtype and `torch.linspace`
 #: for the whole process while it does (transformers#40357, #41782): a model built beside it would take its dtype, and
 #: what two change at once stays changed.
-one_builder = threading.Lock()
+one_builder = process_lock()
 # What loading leaves on modules, and building does not.
 _MARKS = frozenset({"_is_hf_initialized"})
 _PLAIN = (str, int, float, complex, bool, bytes, type(None), torch.dtype, torch.device, torch.Size)

@@ -26,6 +26,7 @@ from modelcache.dataplane.materialize.slots import find_places, unwrapped
 from modelcache.dataplane.materialize.stage import Staged, Stager, needed_bytes
 from modelcache.dataplane.materialize.ties import TiedNames, collect_claims, unite
 from modelcache.dataplane.probe.ram import RamProbe
+from modelcache.dataplane.process_lock import process_lock
 from modelcache.errors import MaterializeError, MaterializeMemoryError
 
 ModelT = TypeVar("ModelT")
@@ -222,7 +223,8 @@ def _require_nobodys(model: object) -> None:
     from modelcache.dataplane.loading.adapters import handle_in
 
     hooks = [hook for module in _components(model).values() for hook in module._forward_pre_hooks.values()]
-    owner = next((hook.name for hook in hooks if isinstance(hook, ResidencyGuard) and hook.name), None)
+    guards = [hook for hook in hooks if isinstance(hook, ResidencyGuard)]
+    owner = next((guard.name for guard in guards if guard.name and not guard.gone), None)
     if owner is None and handle_in(model) is None:
         return
     name = repr(owner or "name")
@@ -382,7 +384,8 @@ class _Turn:
 
 
 _turns: WeakKeyDictionary[torch.nn.Module, _Turn] = WeakKeyDictionary()
-_turns_lock = threading.Lock()  # guards the table only; taken before a turn's own lock and released before it is held
+# Guards the table only; taken before a turn's own lock and released before it is held.
+_turns_lock = process_lock()
 
 
 def _turn_for(model: object) -> _Turn:
