@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from concurrent.futures import wait
+from concurrent.futures import as_completed, wait
 
 import pytest
 from benches import Bench
@@ -79,6 +79,38 @@ def test_a_future_that_is_done_or_cancelled_calls_back_at_once_on_the_callers_th
         other.add_done_callback(lambda f: here.append(f.cancelled() and threading.get_ident() == me))
         assert other.cancel()
         assert here == [True, True]
+    bench.close()
+
+
+def test_a_cancelled_future_counts_as_done_for_whoever_waits_for_several():
+    bench = Bench()
+    bench.add("a")
+    seen: list[bool] = []
+    with bench.mover.hold("stage") as hold:
+        future = bench.cache.prefetch("a")
+        assert hold.wait_reached()
+        future.add_done_callback(lambda f: seen.append(f in wait([f], timeout=10).done))
+        assert future.cancel()
+        assert future.cancel()
+        assert seen == [True]
+        assert wait([future], timeout=10).done == {future}
+        assert list(as_completed([future], timeout=10)) == [future]
+    bench.close()
+
+
+def test_a_future_whose_answer_came_first_is_not_cancelled():
+    bench = Bench()
+    bench.add("a")
+    cancelled: list[bool] = []
+    with bench.mover.hold("stage") as hold:
+        future = bench.cache.prefetch("a", Tier.RAM)
+        assert hold.wait_reached()
+        wake = future._waiter._wake
+        future._waiter._wake = lambda: (cancelled.append(future.cancel()), wake())
+        hold.release()
+        assert wait([future], timeout=10).done
+    assert cancelled == [False]
+    assert future.result() is None
     bench.close()
 
 
