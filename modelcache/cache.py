@@ -401,6 +401,7 @@ class ModelCache:
             pressure += self._governor.problems()
         oldest_s, last_step_s = self._driver.waits()
         is_stalled, stalled = self._driver.stalled(STALL_S)
+        stalled += tuple(f"{name}: the thread has ended" for name in self._driver.ended_workers())
         is_ready = device == "ok" and not is_stalled and self._door.refusal() is None and self._driver.is_sound
         return Health(is_ready, oldest_s, last_step_s, device, pressure, stalled)
 

@@ -44,7 +44,8 @@ class MoveFuture(Future[None]):
     def add_done_callback(self, fn: Callable[[Future[None]], object]) -> None:
         """Call `fn` with this future once it is done; on a thread of the cache's own, or here if it is done already.
 
-        It may call the cache. One that raises is logged; one that blocks delays other callbacks and nothing else.
+        It may call the cache. One that raises is logged; one that blocks delays other callbacks and nothing else. An
+        exit or an interrupt is logged too on a thread of the cache's own; on the caller's it is the caller's.
         """
         super().add_done_callback(lambda _: self._driver.outside(partial(self._call, fn)))
 
