@@ -184,6 +184,7 @@ class ModelCache:
         self._register(build_spec(name, loader, **options))
 
     def _register(self, spec: ModelSpec) -> None:
+        # Before the lock, as in `unregister`.
         self._door.require_open()
         with self._naming:
             leaving = self._leaving.get(spec.name)
@@ -206,6 +207,8 @@ class ModelCache:
         """Forget a model and everything it holds; a leased one when its last lease is returned."""
         if self._driver.is_loading_here(threading.get_ident()) == name:
             raise LeaseError(f"the loader of {name!r} cannot unregister it; do that after its load")
+        # Before the lock: in a forked child nobody may be left to let it go.
+        self._door.require_open()
         with self._naming:
             entry = self._door.entry(name)
             future = self._leaving[name] = self._post(WantGone(name, current_holder()), None)
