@@ -274,13 +274,16 @@ class ModelCache:
 
     def pin(self, name: str, tier: Tier = Tier.VRAM) -> None:
         """Hold a model on `tier` against eviction, from when it gets there. It moves nothing: see `prefetch`."""
-        self._door.entry(name)
-        self._driver.tell(Pinned(name, Tier(tier)))
+        self._pin(name, Tier(tier))
 
     def unpin(self, name: str) -> None:
         """Lift the hold."""
+        self._pin(name, None)
+
+    def _pin(self, name: str, tier: Tier | None) -> None:
         self._door.entry(name)
-        self._driver.tell(Pinned(name, None))
+        self._door.require_open()
+        self._driver.tell(Pinned(name, tier))
 
     def park(self, name: str, *, timeout: float | None = None) -> Freed:
         """Give up a model's VRAM and keep its RAM copy, once its leases are returned."""

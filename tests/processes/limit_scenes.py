@@ -308,6 +308,8 @@ def forked_with_the_lock_held(folder: Path) -> None:
             lambda: cache.register("c", net),
             lambda: cache.prefetch("b", Tier.RAM),
             lambda: cache.unregister("b"),
+            lambda: cache.pin("a"),
+            lambda: cache.unpin("a"),
             lambda: cache.park("a"),
             lambda: cache.free(vram=1),
             lambda: cache.resize(vram=1),
