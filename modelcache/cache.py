@@ -164,6 +164,12 @@ class ModelCache:
     def register(self, name: str, loader: object = None, **options: Any) -> None:
         """Register a model; nothing is loaded.
 
+        Loaders run on threads of the cache, several at a time. One that needs other models asks for them on the thread
+        that it runs on, with `get`, `aget` or `lease_many`: asked for on a thread of its own making, or by waiting for
+        a `prefetch`, they may wait for this load to end, and it for them. One with ``reload=True`` must give the same
+        bits each time; torch's default generator is everybody's, so ``torch.manual_seed`` does not see to that while
+        others load. Read from files, or fill from a ``torch.Generator`` of the loader's own.
+
         Args:
             name: 1 to 64 of ``a-z 0-9 . _ -``.
             loader: A callable without arguments, a ``"pkg.module:function"`` string, or a named loader:
@@ -172,8 +178,8 @@ class ModelCache:
             **options: `size` (of weights and buffers, if known), `workspace` (what a running model needs beside its
                 weights), `pin` (``"vram"`` or ``"ram"``), `priority` (``"low"``, ``"normal"``, ``"high"``), `idle`
                 (``"10m"``, ``"never"``), `concurrency` (leases at a time; 0 for any number), `reload` (the callable
-                may be called again), `on_write` (``"writeback"``, ``"refuse"``, ``"discard"``), and the options of
-                named loaders: `path`, `dtype`, `model`, `weights`, `task`, ...
+                may be called again, and gives the same bits), `on_write` (``"writeback"``, ``"refuse"``,
+                ``"discard"``), and the options of named loaders: `path`, `dtype`, `model`, `weights`, `task`, ...
 
         Raises:
             ValueError: A name that is taken or not valid, or a value that cannot be used.
