@@ -166,6 +166,12 @@ class ModelCache:
     def register(self, name: str, loader: object = None, **options: Any) -> None:
         """Register a model; nothing is loaded.
 
+        Loaders run on threads of the cache, several at a time. One that needs other models asks for them on the thread
+        that it runs on, with `get`, `aget` or `lease_many`: asked for on a thread of its own making, or by waiting for
+        a `prefetch`, they may wait for this load to end, and it for them. One with ``reload=True`` must give the same
+        bits each time; torch's default generator is everybody's, so ``torch.manual_seed`` does not see to that while
+        others load. Read from files, or fill from a ``torch.Generator`` of the loader's own.
+
         Args:
             name: 1 to 64 of ``a-z 0-9 . _ -``.
             loader: A callable without arguments, a ``"pkg.module:function"`` string, or a named loader:
@@ -174,8 +180,8 @@ class ModelCache:
             **options: `size` (of weights and buffers, if known), `workspace` (what a running model needs beside its
                 weights), `pin` (``"vram"`` or ``"ram"``), `priority` (``"low"``, ``"normal"``, ``"high"``), `idle`
                 (``"10m"``, ``"never"``), `concurrency` (leases at a time; 0 for any number), `reload` (the callable
-                may be called again), `on_write` (``"writeback"``, ``"refuse"``, ``"discard"``), and the options of
-                named loaders: `path`, `dtype`, `model`, `weights`, `task`, ...
+                may be called again, and gives the same bits), `on_write` (``"writeback"``, ``"refuse"``,
+                ``"discard"``), and the options of named loaders: `path`, `dtype`, `model`, `weights`, `task`, ...
 
         Raises:
             ValueError: A name that is taken or not valid, or a value that cannot be used.
@@ -186,6 +192,7 @@ class ModelCache:
         self._register(build_spec(name, loader, **options))
 
     def _register(self, spec: ModelSpec) -> None:
+        # Before the lock, as in `unregister`.
         self._door.require_open()
         with self._naming:
             leaving = self._leaving.get(spec.name)
@@ -208,6 +215,8 @@ class ModelCache:
         """Forget a model and everything it holds; a leased one when its last lease is returned."""
         if self._driver.is_loading_here(threading.get_ident()) == name:
             raise LeaseError(f"the loader of {name!r} cannot unregister it; do that after its load")
+        # Before the lock: in a forked child nobody may be left to let it go.
+        self._door.require_open()
         with self._naming:
             entry = self._door.entry(name)
             future = self._leaving[name] = self._post(WantGone(name, current_holder()), None)
@@ -273,13 +282,16 @@ class ModelCache:
 
     def pin(self, name: str, tier: Tier = Tier.VRAM) -> None:
         """Hold a model on `tier` against eviction, from when it gets there. It moves nothing: see `prefetch`."""
-        self._door.entry(name)
-        self._driver.tell(Pinned(name, Tier(tier)))
+        self._pin(name, Tier(tier))
 
     def unpin(self, name: str) -> None:
         """Lift the hold."""
+        self._pin(name, None)
+
+    def _pin(self, name: str, tier: Tier | None) -> None:
         self._door.entry(name)
-        self._driver.tell(Pinned(name, None))
+        self._door.require_open()
+        self._driver.tell(Pinned(name, tier))
 
     def park(self, name: str, *, timeout: float | None = None) -> Freed:
         """Give up a model's VRAM and keep its RAM copy, once its leases are returned."""
@@ -403,6 +415,7 @@ class ModelCache:
             pressure += self._governor.problems()
         oldest_s, last_step_s = self._driver.waits()
         is_stalled, stalled = self._driver.stalled(STALL_S)
+        stalled += tuple(f"{name}: the thread has ended" for name in self._driver.ended_workers())
         is_ready = device == "ok" and not is_stalled and self._door.refusal() is None and self._driver.is_sound
         return Health(is_ready, oldest_s, last_step_s, device, pressure, stalled)
 

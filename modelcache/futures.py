@@ -6,11 +6,10 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
 
 from modelcache.core.messages import Want
 from modelcache.runtime.driver import Driver
-from modelcache.runtime.waiters import Waiter
+from modelcache.runtime.waiters import LEFT, Waiter
 
 _LOG = logging.getLogger("modelcache")
 
@@ -23,6 +22,8 @@ class MoveFuture(Future[None]):
 
     def __init__(self, driver: Driver, want: Want, timeout_s: float | None) -> None:
         super().__init__()
+        # The first of all callbacks: whoever waits for several futures is told before any other callback runs.
+        super().add_done_callback(_tell_if_cancelled)
         self._driver = driver
         self._waiter: Waiter = driver.waiter(self._wake)
         driver.post(want, self._waiter, timeout_s)
@@ -37,12 +38,14 @@ class MoveFuture(Future[None]):
         if self.done():
             return self.cancelled()
         self._driver.leave(self._waiter)
-        return super().cancel()
+        # Asked again, it says who was first. An answer that was is about to be set, on the driver's thread.
+        return self._waiter.leave() is LEFT and super().cancel()
 
     def add_done_callback(self, fn: Callable[[Future[None]], object]) -> None:
         """Call `fn` with this future once it is done; on a thread of the cache's own, or here if it is done already.
 
-        It may call the cache. One that raises is logged; one that blocks delays other callbacks and nothing else.
+        It may call the cache. One that raises is logged; one that blocks delays other callbacks and nothing else. An
+        exit or an interrupt is logged too on a thread of the cache's own; on the caller's it is the caller's.
         """
         super().add_done_callback(lambda _: self._driver.outside(partial(self._call, fn)))
 
@@ -57,10 +60,12 @@ class MoveFuture(Future[None]):
         try:
             self._waiter.result()
         except BaseException as error:  # noqa: BLE001  Whatever it is, it is the future's to raise.
-            self._finish(self.set_exception, error)
+            self.set_exception(error)
         else:
-            self._finish(self.set_result, None)
+            self.set_result(None)
 
-    def _finish(self, finish: Any, value: object) -> None:
-        if self.set_running_or_notify_cancel():
-            finish(value)
+
+def _tell_if_cancelled(future: Future[None]) -> None:
+    """Let `concurrent.futures.wait` and `as_completed` know of it; `Future.cancel` alone does not."""
+    if future.cancelled():
+        future.set_running_or_notify_cancel()

@@ -91,18 +91,21 @@ class _Tie:
         self.first = first
         self.model = model
         self.has_warned = False
-        # Thread identity -> (lease, what the same thread entered before it, or None).
-        self.entered: dict[int, Any] = {}
+        # Who is inside, a task or else the identity of a thread -> (lease, what the same entered before it, or None).
+        self.entered: dict[object, Any] = {}
 
-    def take_lease(self, *, early: bool = False) -> Lease:
-        """The first-use lease where it still is, or a new one; on the object that the handle stands for."""
+    def take_lease(self, loop: object, *, early: bool = False) -> Lease:
+        """The first-use lease where it still is, or a new one; on the object that the handle stands for.
+
+        `loop` is the one that runs here: asking for it is felt in a hit.
+        """
         first, door = self.first, self.door
         if first is not None:
             self.first = None
-            lease = first.take_over(current_thread() if running_loop() is None else current_holder())
+            lease = first.take_over(current_thread() if loop is None else current_holder())
             if lease is not None:
                 return lease
-        if running_loop() is not None and not self.has_warned and not door.is_ready(self.name):
+        if loop is not None and not self.has_warned and not door.is_ready(self.name):
             self.has_warned = True
             warnings.warn(
                 f"{self.name!r} is not ready, and this call blocks the running event loop until it is; "
@@ -123,7 +126,8 @@ class ModelHandle(wrapt.ObjectProxy):  # type: ignore[misc]
     A call, or a call of a public method, holds one lease for its whole length; an iterator or awaitable that it returns
     keeps the lease until it is exhausted or closed. ``with handle as model:`` yields the raw object under one lease.
     Reading attributes takes no lease and moves nothing; to read the weights of a model on disk (`parameters`,
-    `state_dict` and their like) brings it up. Any number of threads may use one handle at once.
+    `state_dict` and their like) brings it up. Any number of threads and tasks may use one handle
+    at once.
 
     Args:
         name: The registered name.
@@ -147,29 +151,33 @@ class ModelHandle(wrapt.ObjectProxy):  # type: ignore[misc]
         return _use(self, None, args, kwargs, early=True)
 
     def __enter__(self) -> Any:
-        tie, thread = _tie_of(self), get_ident()
-        lease, entered = tie.take_lease(), tie.entered
-        below = entered.get(thread)
+        tie, loop = _tie_of(self), running_loop()
+        who: object = get_ident() if loop is None else current_holder()
+        lease, entered = tie.take_lease(loop), tie.entered
+        below = entered.get(who) if entered else None
         # An interrupt before this store leaves the lease to its finalizer; there is none between it and the return.
-        entered[thread] = (lease, below)
+        entered[who] = (lease, below)
         return tie.model
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        entered, thread = _tie_of(self).entered, get_ident()
-        if thread not in entered:
-            # Entered on one thread and left on another, as an ExitStack that was handed over does: any lease will do.
-            thread = next(iter(tuple(entered)), thread)
-        lease, below = entered[thread]
+        entered = _tie_of(self).entered
+        who: object = get_ident() if running_loop() is None else current_holder()
+        try:
+            lease, below = entered[who]
+        except KeyError:
+            # Entered by one and left by another, as an ExitStack that was handed over does: any lease will do.
+            who = next(iter(tuple(entered)), who)
+            lease, below = entered[who]
         if below is None:
-            del entered[thread]
+            del entered[who]
         else:
-            entered[thread] = below
+            entered[who] = below
         lease.__exit__(exc_type, exc, traceback)
 
     def _self_take_lease(self) -> Lease:
-        return self._self_tie.take_lease()
+        return self._self_tie.take_lease(running_loop())
 
     # --- attributes ---------------------------------------------------------------------------------------------------
 
@@ -264,7 +272,7 @@ def _use(
 ) -> Any:
     """Call `target`, or the model itself where it is `None`, under one lease."""
     tie = _tie_of(handle)
-    lease = tie.take_lease(early=early)
+    lease = tie.take_lease(running_loop(), early=early)
     try:
         if args or kwargs:
             args, kwargs = move_inputs(args, kwargs, tie.door.execution_device(tie.name))

@@ -210,14 +210,14 @@ class Health:
     A loader that says nothing for `STALL_S` (10 s) looks the same as one that hangs.
 
     Attributes:
-        is_ready: No device error, the driver runs and is not stuck, and nobody has waited for `STALL_S` while what he
-            waits for gave no sign of life, or nothing did.
+        is_ready: No device error, the driver and its workers run, it is not stuck, and nobody has waited for `STALL_S`
+            while what he waits for gave no sign of life, or nothing did.
         oldest_wait_s: Age of the oldest waiting request; `None` if nobody waits.
         last_step_s: Seconds since the driver last did something.
         device: ``ok``, or what it failed with.
         pressure: Which budgets are lowered for a while, and which figures are no longer to be had, in words.
         stalled: What gave no sign of life for `STALL_S`: a load, a move, a look for writes, a reading of memory, the
-            driver itself; in words, with how long.
+            driver itself; in words, with how long. Also a thread of the cache that has ended.
     """
 
     is_ready: bool

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -305,6 +306,88 @@ def test_threads_use_one_handle_in_blocks_at_once(net):
     assert seen == [4, 4, 4, 4]
     assert door.num_leases == 0
     assert not handle._self_tie.entered
+
+
+def test_tasks_that_use_one_handle_in_blocks_each_return_their_own_lease(net):
+    handle, door = net
+
+    async def main() -> None:
+        both_in, first_left = asyncio.Event(), asyncio.Event()
+
+        async def first() -> None:
+            with handle:
+                await both_in.wait()
+            first_left.set()
+
+        async def second() -> None:
+            with handle:
+                with handle:
+                    both_in.set()
+                    await first_left.wait()
+                    assert [holder() for holder in door.gate.holders()] == [asyncio.current_task()] * 2
+                assert door.num_leases == 1
+            assert door.num_leases == 0
+
+        await asyncio.gather(first(), second())
+
+    asyncio.run(main())
+    assert not handle._self_tie.entered
+
+
+def test_a_block_around_an_event_loop_is_left_after_those_of_its_tasks(net):
+    handle, door = net
+
+    async def main() -> None:
+        with handle:
+            assert door.num_leases == 2
+        assert door.num_leases == 1
+
+    with handle:
+        asyncio.run(main())
+        assert list(door.gate.holders()) == [threading.current_thread()]
+
+    assert door.num_leases == 0
+
+
+def test_a_block_entered_in_one_task_may_be_left_in_another(net):
+    handle, door = net
+    stack = contextlib.ExitStack()
+
+    async def enter() -> None:
+        stack.enter_context(handle)
+
+    async def leave() -> None:
+        assert door.num_leases == 1
+        stack.close()
+
+    asyncio.run(enter())
+    asyncio.run(leave())
+
+    assert door.num_leases == 0
+    assert not handle._self_tie.entered
+
+
+def test_a_task_that_is_dropped_inside_a_block_is_not_kept_by_its_handle(net):
+    handle, door = net
+
+    async def main() -> weakref.ref[Any]:
+        async def stay() -> None:
+            with handle:
+                await asyncio.get_running_loop().create_future()
+
+        task = asyncio.create_task(stay())
+        await asyncio.sleep(0)
+        assert door.num_leases == 1
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        return weakref.ref(task)
+
+    loop = asyncio.new_event_loop()
+    task = loop.run_until_complete(main())
+    gc.collect()
+    loop.close()
+
+    assert task() is None
+    assert door.num_leases == 0
 
 
 def test_a_block_entered_on_one_thread_may_be_left_on_another(net):

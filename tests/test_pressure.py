@@ -310,9 +310,13 @@ def test_a_gauge_that_raises_ends_nothing(bench, caplog):
     assert bench.budget() == 0
 
 
-def test_a_subscriber_that_raises_is_reported_and_the_next_is_told(bench, caplog):
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_a_subscriber_that_raises_is_reported_and_the_next_is_told(bench, caplog, error):
+    def leave(_):
+        raise error
+
     told = []
-    bench.cache.on("budget", lambda change: 1 // 0)
+    bench.cache.on("budget", leave)
     bench.cache.on("budget", told.append)
     bench.gauge.others[Tier.RAM] = 290
     bench.seconds(1)

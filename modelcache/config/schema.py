@@ -201,7 +201,7 @@ class ModelSettings(Section):
     )
     reload: Flag = Field(
         default=False,
-        description="The loader may be called again to read the weights again. Default false.",
+        description="The loader may be called again to read the weights again, and gives the same bits. Default false.",
     )
     on_write: Annotated[
         OnWrite,

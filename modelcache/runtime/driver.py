@@ -16,7 +16,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import chain, count
 from numbers import Real
 from threading import get_ident
 from typing import Any, assert_never
@@ -74,7 +74,7 @@ from modelcache.move import KeptWritten, Move, MoveKind
 from modelcache.runtime.gate import Gate
 from modelcache.runtime.herald import Herald
 from modelcache.runtime.holders import Sites
-from modelcache.runtime.links import Link
+from modelcache.runtime.links import Link, survive
 from modelcache.runtime.ports import Clock, Mover, Pool, Progress
 from modelcache.runtime.story import Story
 from modelcache.runtime.waiters import LEFT, Waiter, blocking
@@ -281,10 +281,12 @@ class Driver:
 
     def outside(self, job: Callable[[], None]) -> None:
         """Run what a user wrote: here, or on a thread of its own where here is the driver's."""
-        if get_ident() == self._ident and not self._is_over:
+        if get_ident() != self._ident:
+            job()
+        elif not self._is_over:
             self._callbacks.submit(job)
         else:
-            job()
+            survive(job, "callback")
 
     def holders(self, name: str) -> tuple[str, ...]:
         """Who holds the open leases of a model, in words."""
@@ -358,8 +360,14 @@ class Driver:
 
     @property
     def is_sound(self) -> bool:
-        """The driver's thread is alive and has met no bug of its own."""
-        return self._bug is None and not self._is_over and self._thread.is_alive()
+        """The driver's thread and its workers are alive, and it has met no bug of its own."""
+        return self._bug is None and not self._is_over and self._thread.is_alive() and not self.ended_workers()
+
+    def ended_workers(self) -> tuple[str, ...]:
+        """The names of the workers that ended before the cache does; there should be none. Takes no lock."""
+        links = (self._loads, self._ups, self._downs, self._files, self._looks, self._callbacks)
+        names = chain.from_iterable(link.ended() for link in links)
+        return () if self._stoppers else (*names, *self.herald.ended())
 
     def waits(self) -> tuple[float | None, float]:
         """Age of the oldest waiting request, and seconds since the last step. Takes no lock."""

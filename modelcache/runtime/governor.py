@@ -121,7 +121,7 @@ class Governor:
             for tier, regulator in self._regulators.items():
                 try:
                     self._regulate(tier, regulator)
-                except Exception as error:
+                except BaseException as error:  # noqa: BLE001
                     # The thread must survive whatever a probe or a subscriber raises: without it, budgets that were
                     # lowered would never come back.
                     regulator.missed()
@@ -199,8 +199,8 @@ class Governor:
         for tell in tuple(self._subscribers.copy().values()):
             try:
                 tell(event)
-            except Exception:
-                # A subscriber's own error: it is reported, and the next one is told all the same.
+            except BaseException:  # noqa: BLE001
+                # A subscriber's own, an exit included: it is reported, and the next one is told all the same.
                 _LOG.exception("subscriber failed event=budget")
 
 

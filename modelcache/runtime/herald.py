@@ -67,16 +67,20 @@ class Herald:
         self._link.submit(partial(self._tell, event, evicted))
 
     def _tell(self, event: MoveEvent, evicted: tuple[str, ...]) -> None:
-        # A handler that raises must not end the thread that subscribers wait on.
-        with contextlib.suppress(Exception):
+        # A handler that raises must not keep it from the subscribers.
+        with contextlib.suppress(BaseException):
             log_move(event, evicted)
         for topic, tell in tuple(self._subscribers.copy().values()):
             if topic in ("move", event.kind.value):
                 try:
                     tell(event)
-                except Exception:
-                    # A subscriber's own error: it is reported, and the next one is told all the same.
+                except BaseException:  # noqa: BLE001
+                    # A subscriber's own, an exit included: it is reported, and the next one is told all the same.
                     _LOG.exception("subscriber failed event=%s", topic)
+
+    def ended(self) -> tuple[str, ...]:
+        """The name of its thread, if that has ended."""
+        return self._link.ended()
 
     def stop(self) -> None:
         """Let what was published be told; a subscriber that blocks is left to itself after a second."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
-from concurrent.futures import wait
+from concurrent.futures import as_completed, wait
 
 import pytest
 from benches import Bench
 from lifecycle.room import Stop, until
 
+from modelcache.core.messages import WantCopy
 from modelcache.errors import CacheClosedError, UnknownModelError
+from modelcache.futures import MoveFuture
 from modelcache.tier import Tier
 
 
@@ -65,6 +68,82 @@ def test_a_callback_that_raises_is_reported_and_the_next_one_runs(caplog):
     bench.close()
 
 
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_a_callback_that_raises_an_exit_or_an_interrupt_ends_no_thread(error, caplog):
+    bench = Bench()
+    bench.add("a", "b")
+    ran = threading.Event()
+
+    def leave(_):
+        raise error
+
+    with bench.mover.hold("stage") as hold:
+        future = bench.cache.prefetch("a", Tier.RAM)
+        assert hold.wait_reached()
+        future.add_done_callback(leave)
+        future.add_done_callback(lambda _: ran.set())
+        hold.release()
+        assert ran.wait(10)
+    assert error.__name__ in caplog.text
+
+    async def main():
+        await asyncio.wait_for(asyncio.wrap_future(bench.cache.prefetch("b", Tier.RAM)), 10)
+
+    asyncio.run(main())
+    assert bench.cache.health().is_ready
+    bench.close()
+
+
+def test_on_the_callers_own_thread_an_exit_is_the_callers():
+    bench = Bench()
+    bench.add("a")
+    future = bench.cache.prefetch("a", Tier.RAM)
+    future.result()
+    with pytest.raises(SystemExit):
+        future.add_done_callback(lambda _: sys.exit(1))
+    bench.close()
+
+
+def test_an_exit_while_the_cache_ends_keeps_nobody_waiting():
+    bench = Bench()
+    bench.add("a")
+    driver, stopping, late = bench.cache._driver, threading.Event(), []
+    stop = driver._callbacks.stop
+
+    def say_so():
+        stopping.set()
+        return stop()
+
+    driver._callbacks.stop = say_so
+
+    def ask_late(_):
+        assert stopping.wait(10)
+        for _ in range(2):
+            late.append(MoveFuture(driver, WantCopy("a", Tier.RAM), None))
+            late[-1].add_done_callback(lambda _: sys.exit(1))
+
+    with bench.mover.hold("stage") as hold:
+        future = bench.cache.prefetch("a", Tier.RAM)
+        assert hold.wait_reached()
+        future.add_done_callback(ask_late)
+        hold.release()
+    bench.close()
+    assert [type(each.exception(10)) for each in late] == [CacheClosedError, CacheClosedError]
+
+
+def test_health_tells_that_a_thread_of_the_cache_has_ended():
+    bench = Bench()
+    bench.add("a", "b")
+    bench.cache.prefetch("a", Tier.RAM).result()
+    assert bench.cache.health().is_ready
+    bench.cache._driver._ups._jobs.put(None)
+    bench.pool.settle()
+    health = bench.cache.health()
+    assert not health.is_ready
+    assert health.stalled == ("modelcache-up-0: the thread has ended",)
+    bench.close()
+
+
 def test_a_future_that_is_done_or_cancelled_calls_back_at_once_on_the_callers_thread():
     bench = Bench()
     bench.add("a", "b")
@@ -79,6 +158,38 @@ def test_a_future_that_is_done_or_cancelled_calls_back_at_once_on_the_callers_th
         other.add_done_callback(lambda f: here.append(f.cancelled() and threading.get_ident() == me))
         assert other.cancel()
         assert here == [True, True]
+    bench.close()
+
+
+def test_a_cancelled_future_counts_as_done_for_whoever_waits_for_several():
+    bench = Bench()
+    bench.add("a")
+    seen: list[bool] = []
+    with bench.mover.hold("stage") as hold:
+        future = bench.cache.prefetch("a")
+        assert hold.wait_reached()
+        future.add_done_callback(lambda f: seen.append(f in wait([f], timeout=10).done))
+        assert future.cancel()
+        assert future.cancel()
+        assert seen == [True]
+        assert wait([future], timeout=10).done == {future}
+        assert list(as_completed([future], timeout=10)) == [future]
+    bench.close()
+
+
+def test_a_future_whose_answer_came_first_is_not_cancelled():
+    bench = Bench()
+    bench.add("a")
+    cancelled: list[bool] = []
+    with bench.mover.hold("stage") as hold:
+        future = bench.cache.prefetch("a", Tier.RAM)
+        assert hold.wait_reached()
+        wake = future._waiter._wake
+        future._waiter._wake = lambda: (cancelled.append(future.cancel()), wake())
+        hold.release()
+        assert wait([future], timeout=10).done
+    assert cancelled == [False]
+    assert future.result() is None
     bench.close()
 
 

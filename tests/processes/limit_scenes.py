@@ -300,7 +300,7 @@ def closed_stdout(folder: Path) -> None:
 
 
 def forked_with_the_lock_held(folder: Path) -> None:
-    """The thread that holds it does not exist in the child, so nothing there may wait for it."""
+    """The thread that holds it does not exist in the child, so nothing there may wait for it; nor for that of names."""
     with room_in(folder) as room:
         room.add("a", "b")
         room.use("a")
@@ -314,6 +314,8 @@ def forked_with_the_lock_held(folder: Path) -> None:
             lambda: cache.register("c", net),
             lambda: cache.prefetch("b", Tier.RAM),
             lambda: cache.unregister("b"),
+            lambda: cache.pin("a"),
+            lambda: cache.unpin("a"),
             lambda: cache.park("a"),
             lambda: cache.free(vram=1),
             lambda: cache.resize(vram=1),
@@ -330,13 +332,15 @@ def forked_with_the_lock_held(folder: Path) -> None:
                     assert "fork" in str(error)
                 else:
                     raise AssertionError(number)
+            assert cache.names() == ("a", "b")
             cache.close()
 
         with Stop() as stop:
             looking = threading.Thread(target=lambda: cache._driver.look(lambda machine: stop.stand()))
             looking.start()
             stop.wait_reached()
-            assert forked(child) == 0
+            with cache._naming:
+                assert forked(child) == 0
         looking.join()
         assert handles.pop()(torch.ones(1, 32, device=room.device.name)).shape == (1, 32)
         assert room.answers_right("b")

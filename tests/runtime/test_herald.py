@@ -67,6 +67,23 @@ def test_one_that_raises_is_logged_and_the_next_hears_all_the_same(herald, caplo
     assert "ZeroDivisionError" in caplog.text
 
 
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_one_that_raises_an_exit_or_an_interrupt_ends_nothing(herald, error, caplog):
+    heard = []
+
+    def leave(_):
+        raise error
+
+    herald.on("move", leave)
+    herald.on("move", heard.append)
+    for seq in range(2):
+        herald.publish(event(seq), ())
+    herald.pool.settle()
+    assert [each.seq for each in heard] == [0, 1]
+    assert "subscriber failed event=move" in caplog.text
+    assert herald.ended() == ()
+
+
 def test_an_unknown_topic_names_the_known_ones(herald):
     with pytest.raises(ValueError, match="'load'; choose one of move, stage, promote, trim, shed, evict"):
         herald.on("load", print)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 import weakref
+
+import pytest
 
 from modelcache.runtime.links import Link
 from modelcache.testing import FakeClock, FakePool
@@ -42,6 +45,54 @@ def test_never_more_jobs_run_than_there_are_workers():
         worker.join(10)
     assert max(most) == 3
     assert len(most) == 10
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
+def test_a_job_that_raises_is_logged_and_the_next_one_is_run(error, caplog):
+    pool, done = FakePool(), []
+
+    def fail():
+        raise error("of a job")
+
+    link = Link("up", pool, FakeClock(), 1)
+    link.submit(fail)
+    link.submit(lambda: done.append(1))
+    pool.settle()
+    assert done == [1]
+    assert "a job failed link=up" in caplog.text
+    assert "of a job" in caplog.text
+    for worker in link.stop():
+        worker.join(10)
+
+
+def test_a_log_handler_that_ends_the_thread_does_not():
+    class Handler(logging.Handler):
+        def emit(self, record):
+            raise SystemExit
+
+    pool, done = FakePool(), []
+    link, handler = Link("up", pool, FakeClock(), 1), Handler()
+    logging.getLogger("modelcache.runtime").addHandler(handler)
+    try:
+        link.submit(lambda: 1 / 0)
+        link.submit(lambda: done.append(1))
+        pool.settle()
+    finally:
+        logging.getLogger("modelcache.runtime").removeHandler(handler)
+    assert done == [1]
+    for worker in link.stop():
+        worker.join(10)
+
+
+def test_a_worker_that_has_ended_is_named():
+    pool = FakePool()
+    link = Link("up", pool, FakeClock(), 1)
+    link.submit(lambda: None)
+    pool.settle()
+    assert link.ended() == ()
+    link._jobs.put(None)
+    pool.settle()
+    assert link.ended() == ("modelcache-up-0",)
 
 
 def test_stopping_what_never_ran_joins_nobody():
