@@ -167,10 +167,10 @@ class ModelCache:
         """Register a model; nothing is loaded.
 
         Loaders run on threads of the cache, several at a time. One that needs other models asks for them on the thread
-        that it runs on, with `get`, `aget` or `lease_many`: asked for on a thread of its own making, or by waiting for
-        a `prefetch`, they may wait for this load to end, and it for them. One with ``reload=True`` must give the same
-        bits each time; torch's default generator is everybody's, so ``torch.manual_seed`` does not see to that while
-        others load. Read from files, or fill from a ``torch.Generator`` of the loader's own.
+        that it runs on, with `get`, `lease_many` or `prefetch`: asked for on threads of its own making, they may wait
+        for this load to end, and it for them. One with ``reload=True`` must give the same bits each time; torch's
+        default generator is everybody's, so ``torch.manual_seed`` does not see to that while others load. Read from
+        files, or fill from a ``torch.Generator`` of the loader's own.
 
         Args:
             name: 1 to 64 of ``a-z 0-9 . _ -``.
