@@ -328,7 +328,7 @@ def test_memory_is_asked_for_only_a_little_ahead_of_what_was_taken(tmp_path, mon
 
     taken = 0
     for piece in reading(wanted(), num_workers):
-        assert len(asked) - taken <= 2 * num_workers + 2
+        assert len(asked) - taken <= 2 * (2 * num_workers + 2)
         taken += len(piece)
     assert taken == len(asked) == 100
 

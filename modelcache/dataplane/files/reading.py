@@ -15,7 +15,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from xxhash import xxh3_64
 
 from modelcache.dataplane.files.direct import EndsError, NotDirectError, Range, direct, read_direct
-from modelcache.dataplane.files.ways import Passing, Way, Ways
+from modelcache.dataplane.files.ways import CACHED_WORKERS, Passing, Way, Ways
 from modelcache.dataplane.files.weight_files import FileBytes, FileProblemError
 from modelcache.dataplane.memory.fresh_pages import ask_for_pages, has_pages
 from modelcache.errors import WeightsError
@@ -34,7 +34,7 @@ _PIECE_BYTES = 12 << 20  # what a worker reads before it reports
 _MAX_BUFFERS = 1024  # of one read; the system allows no more
 _PAGES_BYTES = 256 << 10  # what a worker reads with pages made for it before
 _CONVERT_BYTES = 4 << 20  # what a worker reads before it converts
-_DIGEST_BYTES = 1 << 20  # what a worker reads before it looks at it: the cache of one core still has it
+_DIGEST_BYTES = 256 << 10  # what a worker reads before it looks at it: the cache of one core still has it
 
 Report = Callable[[int], None]
 Digest = tuple[int, ...]
@@ -195,7 +195,9 @@ def reading(
             the caller has to do.
     """
     ways = ways or Ways()
-    pieces = _pieces(wanted, with_digests=with_digests)
+    # What is copied from memory anyway goes on in fewer threads, which wait for each other less the more each does.
+    piece_bytes = _PIECE_BYTES if num_workers > CACHED_WORKERS else 2 * _PIECE_BYTES
+    pieces = _pieces(wanted, piece_bytes, with_digests=with_digests)
     first, second = next(pieces, None), next(pieces, None)
     if first is not None and (second is None or num_workers == 1):
         for piece in chain((first,), () if second is None else (second,), pieces):
@@ -224,14 +226,16 @@ def _read_ahead(pieces: Iterable[list[Segment]], num_workers: int, ways: Ways) -
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _pieces(wanted: Iterable[tuple[int, FileBytes, torch.Tensor]], *, with_digests: bool) -> Iterator[list[Segment]]:
+def _pieces(
+    wanted: Iterable[tuple[int, FileBytes, torch.Tensor]], size_bytes: int, *, with_digests: bool
+) -> Iterator[list[Segment]]:
     """Portions of work for one worker."""
     piece: list[Segment] = []
     piece_bytes = 0
     for position, place, tensor in wanted:
         for segment in _segments(position, place, tensor):
             # Half as much again is no harm, and better than a piece of half the size.
-            if piece and (2 * (piece_bytes + segment.size_bytes) > 3 * _PIECE_BYTES or len(piece) == _MAX_BUFFERS):
+            if piece and (2 * (piece_bytes + segment.size_bytes) > 3 * size_bytes or len(piece) == _MAX_BUFFERS):
                 yield piece
                 piece, piece_bytes = [], 0
             if with_digests:
@@ -400,40 +404,61 @@ def _fill(descriptor: int, run: Sequence[Segment], buffers: list[memoryview], st
     """
     first, offset = 0, run[0].offset + start  # every buffer before the first is full
     while first < len(buffers):
-        path, position = run[first].place.path, run[first].position
-        batch = buffers[first : first + _MAX_BUFFERS] if run[first].digest is None else _some(buffers, first)
+        segment, digest = run[first], run[first].digest
+        if digest is not None and len(buffers[first]) > _DIGEST_BYTES:
+            done = _read_and_digest(descriptor, buffers[first], offset, digest)
+            buffers[first] = buffers[first][done:]
+            offset += done
+        batch = (
+            buffers[first : first + _MAX_BUFFERS] if digest is None else _some(buffers[first : first + _MAX_BUFFERS])
+        )
         try:
             count = os.preadv(descriptor, batch, offset)
         except OSError as error:
             problem = f"reading failed at byte {offset:,}: {error.strerror or error}"
-            raise UnreadableError(path, problem, position) from error
+            raise UnreadableError(segment.place.path, problem, segment.position) from error
         if not count:
-            raise _ended(run[first], offset)
+            raise _ended(segment, offset)
         offset += count
-        while first < len(buffers) and count >= len(buffers[first]):
-            _note(run[first], buffers[first])
-            count -= len(buffers[first])
-            first += 1
-        if count:
-            _note(run[first], buffers[first][:count])
-            buffers[first] = buffers[first][count:]
+        for part in batch:
+            read = min(count, len(part))
+            if not read:
+                break
+            if (digest := run[first].digest) is not None:
+                digest.update(part[:read])
+            count -= read
+            if read == len(buffers[first]):
+                first += 1
+            else:
+                buffers[first] = buffers[first][read:]
 
 
-def _some(buffers: Sequence[memoryview], first: int) -> list[memoryview]:
-    """As many, from this one on, as one look takes at once; the last perhaps not whole."""
-    some: list[memoryview] = []
-    left = _DIGEST_BYTES
-    for buffer in buffers[first : first + _MAX_BUFFERS]:
-        some.append(buffer[:left])
-        left -= len(some[-1])
-        if not left:
-            break
-    return some
+def _read_and_digest(descriptor: int, buffer: memoryview, offset: int, digest: xxh3_64) -> int:
+    """Read all of a large buffer but its end, as long as each call gives what it is asked for; how much was read.
+
+    Little else is done in between: whoever holds the interpreter makes the other threads that read wait for it.
+    """
+    read, update, size = os.preadv, digest.update, _DIGEST_BYTES
+    done = 0
+    with suppress(OSError):  # whoever asks for the same again says what is wrong
+        for done in range(0, len(buffer) - size, size):
+            part = buffer[done : done + size]
+            count = read(descriptor, (part,), offset + done)
+            if count != size:
+                update(part[:count])
+                return done + count
+            update(part)
+        return done + size
+    return done
 
 
-def _note(segment: Segment, part: memoryview) -> None:
-    if segment.digest is not None:
-        segment.digest.update(part)
+def _some(buffers: Sequence[memoryview]) -> list[memoryview]:
+    """As many whole ones as one look takes at once, or a part of the first."""
+    total_bytes, number = 0, 0
+    while number < len(buffers) and total_bytes + len(buffers[number]) <= _DIGEST_BYTES:
+        total_bytes += len(buffers[number])
+        number += 1
+    return list(buffers[:number]) or [buffers[0][:_DIGEST_BYTES]]
 
 
 def _refuse_changed(place: FileBytes, found: os.stat_result, position: int) -> None:
