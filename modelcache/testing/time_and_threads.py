@@ -87,6 +87,7 @@ class FakeEvent:
     def set(self) -> None:
         """Raise the flag and wake who waits."""
         self._flag.set()
+        self._pool.stir()
 
     def clear(self) -> None:
         """Lower it."""
@@ -118,6 +119,7 @@ class FakeMailbox:
         """Add an item; never blocks."""
         key = next(self._keys)
         self._unread[key] = None
+        self._pool.stir()
         self._items.put((key, item))
 
     def get(self, until_s: float | None) -> Any | None:
@@ -161,6 +163,7 @@ class Hold:
     def release(self) -> None:
         """Let whoever stands here, and whoever comes, go on. Idempotent."""
         self._go.set()
+        self._pool.stir()
 
     def __enter__(self) -> Hold:
         return self
@@ -178,6 +181,8 @@ class FakePool:
         self._locks: list[FakeLock] = []
         # Thread identity -> whether what that thread waits for has yet to come.
         self._standing: dict[int, Callable[[], bool]] = {}
+        # Another one since anybody was last given something to do.
+        self._stir = object()
 
     # --- the port ---
 
@@ -254,8 +259,18 @@ class FakePool:
                     f"after {PATIENCE_S} s, busy threads: {busy}; waiting callers: {self.num_callers} of {num_callers}"
                 )
 
+    def stir(self) -> None:
+        """Somebody who waited may go on. Takes no lock."""
+        self._stir = object()
+
     def _is_settled(self, num_callers: int) -> bool:
-        return not self._busy() and self.num_callers >= num_callers
+        # They are looked at one by one: one that stood still may have been woken by one that stands still by now.
+        while True:
+            before = self._stir
+            if self._busy() or self.num_callers < num_callers:
+                return False
+            if self._stir is before:
+                return True
 
     def _busy(self) -> list[threading.Thread]:
         return [thread for thread in self._workers.copy() if not self._is_standing(thread.ident)]

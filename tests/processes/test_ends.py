@@ -54,7 +54,8 @@ def test_ctrl_c_ends_a_script_that_waits_for_a_model(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(TESTS)!r}); from processes.end_scenes import struck_in_a_load as go; "
     command = [sys.executable, "-c", f"{code}go({str(tmp_path)!r})"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as process:
+    # What was started in the background ignores Ctrl-C, and so does what it starts.
+    with subprocess.Popen(command, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
         assert process.stdout.readline() == "left\n"
         os.kill(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=PATIENCE_S)
