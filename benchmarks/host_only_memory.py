@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import plots
 import torch
 import transformers
 from figures import Figure, present
@@ -182,8 +183,8 @@ def figures_of(case: Case, images: Path) -> list[Figure]:
         return Figure(
             f"{words}, {what}",
             f"{shown:.3f} x bytes",
-            "-",
-            "-",
+            "1 x bytes (the model's bytes)",
+            f"{shown:.3f}",
             "shown" if limit is None else f"{sign} {limit}",
             holds,
             f"{min(values):.3f} to {max(values):.3f}",
@@ -207,4 +208,6 @@ def measure() -> list[Figure]:
 
 
 if __name__ == "__main__":
-    sys.exit(present("host_only_memory.py", __doc__, measure, notes=__doc__.split("\n\n", 2)[2].strip()))
+    sys.exit(
+        present("host_only_memory.py", __doc__, measure, notes=__doc__.split("\n\n", 2)[2].strip(), plot=plots.ratios)
+    )

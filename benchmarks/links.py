@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import plots
 import torch
 from figures import Figure, present, spread
 
@@ -228,4 +229,4 @@ def measure() -> list[Figure]:
 
 
 if __name__ == "__main__":
-    sys.exit(present("links.py", __doc__, measure))
+    sys.exit(present("links.py", __doc__, measure, plot=plots.ratios))

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import plots
 import torch
 import transformers
 from accelerate.utils import offload_state_dict
@@ -376,4 +377,4 @@ def measure() -> list[Figure]:
 
 
 if __name__ == "__main__":
-    sys.exit(present("materialize.py", __doc__, measure, notes=__doc__.split("\n\n", 2)[2].strip()))
+    sys.exit(present("materialize.py", __doc__, measure, notes=__doc__.split("\n\n", 2)[2].strip(), plot=plots.ratios))

@@ -28,6 +28,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import plots
 import torch
 from figures import Figure, present, spread
 from host_only_memory import drop_cached
@@ -238,4 +239,4 @@ def measure() -> list[Figure]:
 
 
 if __name__ == "__main__":
-    sys.exit(present("reading.py", __doc__, measure, notes=__doc__.split("\n\n", 2)[2].strip()))
+    sys.exit(present("reading.py", __doc__, measure, notes=__doc__.split("\n\n", 2)[2].strip(), plot=plots.ratios))

@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 
+import plots
 import torch
 import transformers
 from figures import Figure, present, spread
@@ -201,4 +202,4 @@ def figures_of(found: dict[str, list[float]], size: int) -> list[Figure]:
 
 
 if __name__ == "__main__":
-    sys.exit(present("second_start.py", __doc__, measure, notes=__doc__.split("\n\n", 2)[2].strip()))
+    sys.exit(present("second_start.py", __doc__, measure, notes=__doc__.split("\n\n", 2)[2].strip(), plot=plots.ratios))
