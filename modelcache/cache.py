@@ -437,14 +437,10 @@ class ModelCache:
 
         Models still leased are named in a warning. They stay whole and usable until nobody holds their objects any
         more, and take their memory until then: return leases before closing. All others have no weights after this.
-        A signal handler or a finalizer may close too: within a close, or on a thread of the cache, it returns at once.
+        A signal handler or a finalizer may close too; within a close it returns at once.
         """
         me = threading.get_ident()
         if self._driver.is_forked or me in self._closers:
-            return
-        if self._driver.is_waited_for_here:
-            # A finalizer of the user's, run where a model is let go: the end waits for that.
-            self._parts.pool.spawn("modelcache-closing", self.close)
             return
         try:
             self._closers[me] = None

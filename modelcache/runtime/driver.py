@@ -363,13 +363,6 @@ class Driver:
         """The driver's thread and its workers are alive, and it has met no bug of its own."""
         return self._bug is None and not self._is_over and self._thread.is_alive() and not self.ended_workers()
 
-    @property
-    def is_waited_for_here(self) -> bool:
-        """The end waits for the calling thread, however long: the driver's, or a worker's that moves bytes."""
-        return get_ident() == self._ident or any(
-            each.is_here for each in (self._ups, self._downs, self._files, self._looks)
-        )
-
     def ended_workers(self) -> tuple[str, ...]:
         """The names of the workers that ended before the cache does; there should be none. Takes no lock."""
         links = (self._loads, self._ups, self._downs, self._files, self._looks, self._callbacks)

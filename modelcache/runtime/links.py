@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from threading import get_ident
 
 from modelcache.runtime.ports import Clock, Mailbox, Pool, Worker
 
@@ -25,7 +24,6 @@ class Link:
         self._num_workers = num_workers
         self._jobs: Mailbox[Job | None] = pool.mailbox(clock)
         self._workers: list[Worker] = []
-        self._idents: dict[int, None] = {}
 
     def submit(self, job: Job) -> None:
         """Queue a job. Called by one thread only."""
@@ -40,16 +38,10 @@ class Link:
         self._jobs.put(job)
 
     def _work(self) -> None:
-        self._idents[get_ident()] = None
         while (job := self._jobs.get(None)) is not None:
             survive(job, self._name)
             # A job holds models and errors; the next may be long in coming.
             del job
-
-    @property
-    def is_here(self) -> bool:
-        """The calling thread is one of its workers."""
-        return get_ident() in self._idents
 
     def ended(self) -> tuple[str, ...]:
         """The names of the workers that have ended. Until `stop` there should be none. Takes no lock."""

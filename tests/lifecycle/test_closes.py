@@ -167,28 +167,6 @@ def test_closing_twice_at_once_waits_for_the_same_end(room_of, at):
     assert not room.images.exists()
 
 
-@pytest.mark.parametrize("link", ["_ups", "_downs", "_files", "_looks"])
-def test_a_finalizer_that_closes_the_cache_may_run_on_a_thread_that_the_end_waits_for(room_of, link):
-    room = room_of()
-    room.add("a")
-    room.use("a")
-    getattr(room.cache._driver, link).submit(room.cache.close)
-    until(lambda: room.cache._is_given_up, "the cache is closed")
-    room.cache.close()
-    assert room.pool.thread_names == ()
-
-
-def test_so_may_one_on_the_thread_of_the_driver(room_of):
-    room = room_of()
-    room.add("a")
-    room.use("a")
-    room.cache._driver.at_latest(2.0, room.cache.close)
-    room.clock.advance(2.0)
-    until(lambda: room.cache._is_given_up, "the cache is closed")
-    room.cache.close()
-    assert room.pool.thread_names == ()
-
-
 def test_a_finalizer_that_closes_the_cache_may_run_because_it_is_closed(room_of):
     room = room_of()
     room.add("a")
