@@ -264,10 +264,11 @@ class FakePool:
         self._stir = object()
 
     def _is_settled(self, num_callers: int) -> bool:
-        # They are looked at one by one: one that stood still may have been woken by one that stands still by now.
+        # They are looked at one by one: one that stood still may have been woken by one that stands still by now. A
+        # second look sees those that were woken by what is not of this pool, such as a future.
         while True:
             before = self._stir
-            if self._busy() or self.num_callers < num_callers:
+            if self._busy() or self.num_callers < num_callers or self._busy():
                 return False
             if self._stir is before:
                 return True
