@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 import logging
-import math
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count
-from numbers import Real
 from threading import get_ident
 from typing import Any, assert_never
 
@@ -258,7 +256,7 @@ class Driver:
         """
         if self._is_forked:
             raise ForkedCacheError
-        deadline_s = _deadline(waiter.asked_s, timeout_s)
+        deadline_s = waiter.deadline_s(timeout_s)
         self._unheard[waiter.ticket] = waiter
         self._mailbox.put(_Ask(want, waiter, deadline_s, lend, lend_to, wasted_ticks))
         if self._is_over:
@@ -719,21 +717,11 @@ class Driver:
 
 
 def _read(read: Callable[[Machine], Any], machine: Machine) -> Any:
-    """What was read, or the error that whoever looks is to have."""
+    """What was read, or the error that whoever looks is to have: it changed nothing, and is not the driver's."""
     try:
         return read(machine)
-    except ModelCacheError as error:
+    except BaseException as error:  # noqa: BLE001
         return error.with_traceback(None)
-
-
-def _deadline(asked_s: float, timeout_s: object) -> float | None:
-    if timeout_s is None or timeout_s == math.inf:
-        return None
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, Real):
-        raise TypeError(f"timeout must be seconds, or None to wait, got {timeout_s!r}")
-    if math.isnan(timeout_s):
-        raise ValueError("timeout must be seconds, or None to wait, got nan")
-    return asked_s + float(timeout_s)
 
 
 def own_copy(error: Exception) -> Exception:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 from modelcache.runtime.ports import Event
@@ -29,6 +31,21 @@ class Waiter:
         self.asked_s = asked_s
         self._wake = wake
         self._box: dict[str, Any] = {}
+
+    def deadline_s(self, timeout_s: object) -> float | None:
+        """When its time is up, on the driver's clock; `None` if never.
+
+        Raises:
+            TypeError: The timeout is no number.
+            ValueError: It is NaN.
+        """
+        if timeout_s is None or timeout_s == math.inf:
+            return None
+        if isinstance(timeout_s, bool) or not isinstance(timeout_s, Real):
+            raise TypeError(f"timeout must be seconds, or None to wait, got {timeout_s!r}")
+        if math.isnan(timeout_s):
+            raise ValueError("timeout must be seconds, or None to wait, got nan")
+        return self.asked_s + float(timeout_s)
 
     def offer(self, answer: object) -> bool:
         """Give the answer; False if the caller has left or has one already."""

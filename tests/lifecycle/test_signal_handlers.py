@@ -37,6 +37,15 @@ def handling() -> Iterator[Callable[[Callable[[], object]], Callable[[], None]]]
     signal.signal(signal.SIGUSR1, before)
 
 
+def test_who_looks_and_fails_has_the_error_himself_and_the_driver_goes_on(cache):
+    with pytest.raises(ZeroDivisionError):
+        cache._driver.look(lambda machine: 1 / 0)
+    assert Call(lambda: pytest.raises(ZeroDivisionError, cache._driver.look, lambda machine: 1 / 0)).result()
+    with cache.get("a"):
+        pass
+    assert cache.health().is_ready
+
+
 def test_it_may_look_while_the_thread_that_it_interrupts_looks(cache, handling):
     seen = []
     send = handling(lambda: seen.append((cache.status(), cache.explain("a"))))

@@ -15,7 +15,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
@@ -404,14 +404,9 @@ def _fill(descriptor: int, run: Sequence[Segment], buffers: list[memoryview], st
     """
     first, offset = 0, run[0].offset + start  # every buffer before the first is full
     while first < len(buffers):
-        segment, digest = run[first], run[first].digest
-        if digest is not None and len(buffers[first]) > _DIGEST_BYTES:
-            done = _read_and_digest(descriptor, buffers[first], offset, digest)
-            buffers[first] = buffers[first][done:]
-            offset += done
-        batch = (
-            buffers[first : first + _MAX_BUFFERS] if digest is None else _some(buffers[first : first + _MAX_BUFFERS])
-        )
+        segment, batch = run[first], buffers[first : first + _MAX_BUFFERS]
+        if segment.digest is not None:
+            batch = _some(batch)
         try:
             count = os.preadv(descriptor, batch, offset)
         except OSError as error:
@@ -431,25 +426,6 @@ def _fill(descriptor: int, run: Sequence[Segment], buffers: list[memoryview], st
                 first += 1
             else:
                 buffers[first] = buffers[first][read:]
-
-
-def _read_and_digest(descriptor: int, buffer: memoryview, offset: int, digest: xxh3_64) -> int:
-    """Read all of a large buffer but its end, as long as each call gives what it is asked for; how much was read.
-
-    Little else is done in between: whoever holds the interpreter makes the other threads that read wait for it.
-    """
-    read, update, size = os.preadv, digest.update, _DIGEST_BYTES
-    done = 0
-    with suppress(OSError):  # whoever asks for the same again says what is wrong
-        for done in range(0, len(buffer) - size, size):
-            part = buffer[done : done + size]
-            count = read(descriptor, (part,), offset + done)
-            if count != size:
-                update(part[:count])
-                return done + count
-            update(part)
-        return done + size
-    return done
 
 
 def _some(buffers: Sequence[memoryview]) -> list[memoryview]:
