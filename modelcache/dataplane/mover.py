@@ -388,9 +388,8 @@ class TorchMover:
                 raise
             if isinstance(error, torch.OutOfMemoryError):
                 raise self._out_of_memory(part, move) from error
-            failure = MoveError(part.model, source, target, problem)
-            failure.add_note(f"The cause, as it was raised:\n{story}")
-            raise failure from error
+            # Without a name here: it refers to this frame, and both would wait for the garbage collector.
+            raise _with_note(MoveError(part.model, source, target, problem), story) from error
         return done
 
     def _run(
@@ -527,6 +526,11 @@ def _early(holders: list[LoadedModel], part: Part, arriving: Callable[[], None])
         return None
     roots = [root for model in holders for root in model.roots if part in root.parts]
     return bringing_up.Early(uses, roots, arriving)
+
+
+def _with_note(error: MoveError, story: str) -> MoveError:
+    error.add_note(f"The cause, as it was raised:\n{story}")
+    return error
 
 
 def _is_sound(move: Move) -> bool:

@@ -16,6 +16,7 @@ from modelcache.dataplane.copies import NewCopies
 
 #: Seeds that found something once.
 FOUND = (
+    10001102,  # the error of a failed promotion kept the memory of a model that was leased at the end
     9,  # an image file of what VRAM holds passed through RAM that the budget did not have
     12,  # a refused caller's frames, and the tensors in them, stayed until the garbage collector came by
     87,  # close span without end while a move took longer than it would wait for
